@@ -1,0 +1,300 @@
+//! The VMM's configuration and control channel.
+//!
+//! The shim starts `husk-vmm --control-fd N`; N is one end of a `SOCK_SEQPACKET` socketpair on which each packet is one
+//! JSON object of at most [`MAX_PACKET`] bytes. The shim's first message is [`Request::Launch`] with
+//! the whole [`VmConfig`], whose fds the VMM has inherited under the numbers it names. Every request gets
+//! one [`Reply`] with its id, in order; between them the VMM sends [`Event`]s on its own account. The VM ends with its control
+//! channel: when the shim goes, so does the VMM.
+
+use std::os::fd::RawFd;
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the messages below. Shim and VMM are installed together; a mismatch is refused at launch.
+pub const VERSION: u32 = 1;
+
+/// Longest packet on the control channel, in bytes.
+pub const MAX_PACKET: usize = 64 * 1024;
+
+/// Smallest guest memory, in MiB.
+pub const MIN_MEMORY_MIB: u64 = 64;
+
+/// Most vCPUs of one VM.
+pub const MAX_VCPUS: u8 = 32;
+
+/// Lines of guest console that a [`VmExit::GuestPanic`] carries at most.
+pub const CONSOLE_TAIL_LINES: usize = 40;
+
+/// One VM, as the shim wants it. Fds are numbers that the VMM process has inherited.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// [`VERSION`] of the writer.
+    pub version: u32,
+    /// Name for logs: the pod's id.
+    pub id: String,
+    /// vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest RAM in MiB, at least [`MIN_MEMORY_MIB`].
+    pub memory_mib: u64,
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm_fd: RawFd,
+    /// Uncompressed ELF `vmlinux` with a PVH note, open for reading.
+    pub kernel_fd: RawFd,
+    /// Initramfs, open for reading.
+    pub initramfs_fd: RawFd,
+    /// Appended to the kernel command line that the VMM makes.
+    pub kernel_params: String,
+    /// The vsock bridge (see [`crate::bridge`]).
+    pub vsock_fd: RawFd,
+    /// Shared directories.
+    pub shares: Vec<ShareConfig>,
+    /// Where the guest's console goes as it comes; `None`: only the last lines are kept, for a panic.
+    pub console_fd: Option<RawFd>,
+    /// The guest logs its boot on the serial console (slow: for debugging a guest that does not come up).
+    pub debug_console: bool,
+}
+
+/// One virtio-fs device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// virtio-fs tag, 1 to 36 bytes.
+    pub tag: String,
+    /// The directory to serve, open (`O_PATH` will do).
+    pub root_fd: RawFd,
+    /// How long the guest may trust what it has read.
+    pub cache: CachePolicy,
+}
+
+/// virtio-fs cache policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CachePolicy {
+    /// Nothing is kept: every look goes to the host.
+    Never,
+    /// Kept for a second; a changed mtime drops cached data. For whatever the host may change.
+    Auto,
+    /// Kept for good. Only for a tree that no one else writes.
+    Always,
+}
+
+/// What the shim asks; the VMM answers each with a [`Reply`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Comes back in the reply.
+    pub id: u64,
+    /// The question.
+    pub call: Call,
+}
+
+/// The calls of the control channel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Call {
+    /// Build the VM and run it. First and once; answered when the vCPUs run.
+    Launch(Box<VmConfig>),
+    /// Stop every vCPU; answered when none runs.
+    Pause,
+    /// Let them run on.
+    Resume,
+    /// Take this much of the guest's memory (MiB) into the balloon.
+    SetBalloon {
+        /// Target size; bounded by the guest's memory.
+        target_mib: u64,
+    },
+    /// Memory figures.
+    Info,
+    /// End the VM now; [`Event::Exited`] with [`VmExit::Stopped`] follows the reply.
+    Stop,
+}
+
+/// From the VMM to the shim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FromVmm {
+    /// Answers a request.
+    Reply(Reply),
+    /// Happened on its own.
+    Event(Event),
+}
+
+/// The answer to the request with the same id.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// The request's id.
+    pub id: u64,
+    /// The outcome; the error is a sentence for the user.
+    pub result: Result<Answer, String>,
+}
+
+/// What a successful call gives back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// For [`Call::Launch`]: `CLOCK_MONOTONIC` nanoseconds at the steps of the start.
+    Launched(LaunchTimes),
+    /// For [`Call::Info`].
+    Info(VmInfo),
+}
+
+/// When the VMM reached each step of a start, in `CLOCK_MONOTONIC` nanoseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchTimes {
+    /// `main` began.
+    pub process_started: u64,
+    /// Memory mapped, kernel and initramfs loaded, devices made.
+    pub vm_built: u64,
+    /// The first vCPU entered the guest.
+    pub vcpus_running: u64,
+}
+
+/// Memory of the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// Guest RAM, bytes.
+    pub memory_bytes: u64,
+    /// How much of it the host has backed with pages.
+    pub resident_bytes: u64,
+    /// What the balloon holds, bytes.
+    pub balloon_bytes: u64,
+}
+
+/// Unasked news from the VMM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Event {
+    /// The VM is over; the VMM exits after this packet.
+    Exited(VmExit),
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmExit {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest kernel panicked (a husk guest resets for no other reason).
+    GuestPanic {
+        /// Its last console lines, oldest first.
+        console: Vec<String>,
+    },
+    /// KVM could not go on.
+    KvmError {
+        /// vCPU, exit reason and registers, in a sentence.
+        detail: String,
+        /// The last console lines, oldest first.
+        console: Vec<String>,
+    },
+    /// [`Call::Stop`], or the control channel closed.
+    Stopped,
+    /// A part of the VMM failed.
+    Failed {
+        /// What failed.
+        detail: String,
+    },
+}
+
+impl VmConfig {
+    /// Checks what can be checked without opening anything.
+    ///
+    /// # Errors
+    /// [`BadConfig`] naming the first field that is out of range.
+    pub fn check(&self) -> Result<(), BadConfig> {
+        if self.version != VERSION {
+            return Err(BadConfig::Version(self.version));
+        }
+        if !(1..=MAX_VCPUS).contains(&self.vcpus) {
+            return Err(BadConfig::Vcpus(self.vcpus));
+        }
+        if self.memory_mib < MIN_MEMORY_MIB {
+            return Err(BadConfig::Memory(self.memory_mib));
+        }
+        // The tag fills a 36-byte field of the device's configuration space (virtio 1.2, 5.11.4).
+        match self.shares.iter().find(|s| !(1..=36).contains(&s.tag.len())) {
+            Some(share) => Err(BadConfig::Tag(share.tag.clone())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A configuration that no VM can be built from.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadConfig {
+    /// Shim and VMM do not fit together.
+    #[error("the shim speaks version {0} of the VMM configuration, this husk-vmm speaks {VERSION}: install both from one release")]
+    Version(u32),
+    /// vCPU count out of range.
+    #[error("{0} vCPUs asked for: a VM has 1 to {MAX_VCPUS}")]
+    Vcpus(u8),
+    /// Too little memory.
+    #[error("{0} MiB of memory asked for: a VM has at least {MIN_MEMORY_MIB} MiB")]
+    Memory(u64),
+    /// Tag does not fit.
+    #[error("virtio-fs tag {0:?} does not fit: 1 to 36 bytes")]
+    Tag(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            version: VERSION,
+            id: "pod".into(),
+            vcpus: 1,
+            memory_mib: 256,
+            kvm_fd: 4,
+            kernel_fd: 5,
+            initramfs_fd: 6,
+            kernel_params: String::new(),
+            vsock_fd: 7,
+            shares: vec![ShareConfig {
+                tag: "husk".into(),
+                root_fd: 8,
+                cache: CachePolicy::Auto,
+            }],
+            console_fd: None,
+            debug_console: false,
+        }
+    }
+
+    #[test]
+    fn a_message_survives_the_wire() {
+        let request = Request {
+            id: 1,
+            call: Call::Launch(Box::new(config())),
+        };
+        let wire = serde_json::to_vec(&request).unwrap();
+        assert!(wire.len() < MAX_PACKET);
+        assert_eq!(serde_json::from_slice::<Request>(&wire).unwrap(), request);
+    }
+
+    #[test]
+    fn each_bound_is_checked() {
+        assert_eq!(config().check(), Ok(()));
+        let with = |change: fn(&mut VmConfig)| {
+            let mut c = config();
+            change(&mut c);
+            c.check()
+        };
+        assert_eq!(with(|c| c.version = 9), Err(BadConfig::Version(9)));
+        assert_eq!(with(|c| c.vcpus = 0), Err(BadConfig::Vcpus(0)));
+        assert_eq!(with(|c| c.vcpus = 33), Err(BadConfig::Vcpus(33)));
+        assert_eq!(with(|c| c.memory_mib = 63), Err(BadConfig::Memory(63)));
+        assert_eq!(
+            with(|c| c.shares[0].tag.clear()),
+            Err(BadConfig::Tag(String::new()))
+        );
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused() {
+        let mut value = serde_json::to_value(config()).unwrap();
+        value["surprise"] = 1.into();
+        assert!(serde_json::from_value::<VmConfig>(value).is_err());
+    }
+}

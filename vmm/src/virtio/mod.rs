@@ -1,0 +1,89 @@
+//! virtio: what a device is to its transport, and what the transport gives a device.
+//!
+//! A device never sees registers, and a transport never sees a descriptor. The transport (virtio-mmio today) speaks the
+//! guest's configuration dialogue, checks every queue the guest describes, and hands the device an [`Activation`]
+//! once: the checked queues, the memory and the interrupt. From then on the device works on its own thread until
+//! [`VirtioDevice::reset`] or the end of the VM.
+
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// The guest's memory, as every device holds it.
+pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// A virtio device behind whichever transport.
+pub trait VirtioDevice: Send {
+    /// Device ID of virtio 1.2, section 5.
+    fn device_id(&self) -> u32;
+
+    /// Largest size of each queue, in descriptors: a power of two up to 32768. Its length is the number of queues.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// Feature bits offered, without `VIRTIO_F_VERSION_1`, which the transport adds.
+    fn features(&self) -> u64;
+
+    /// Reads device configuration space; what lies past its end reads as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes device configuration space; a write that the device does not allow is dropped.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts the device with what the driver has set up (`DRIVER_OK`).
+    ///
+    /// # Errors
+    /// The device stays inert and the transport sets `DEVICE_NEEDS_RESET`.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops the device and drops its queues; it may be activated again. Idempotent.
+    fn reset(&mut self);
+}
+
+/// What the transport hands a device when the driver is ready.
+pub struct Activation {
+    /// Guest memory.
+    pub memory: GuestMemory,
+    /// The queues the driver enabled, checked (`Queue::is_valid`), by index; `None` where it enabled none.
+    pub queues: Vec<Option<ActiveQueue>>,
+    /// Feature bits that driver and device agreed on.
+    pub features: u64,
+    /// Tells the driver about used buffers and configuration changes.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// A checked queue and the event that the guest's notification signals.
+pub struct ActiveQueue {
+    /// The queue.
+    pub queue: Queue,
+    /// Readable when the driver has made buffers available.
+    pub kick: EventFd,
+}
+
+/// The way from a device to its driver.
+pub trait Interrupt: Send + Sync {
+    /// Buffers of queue `index` were used. (The caller has asked `needs_notification`.)
+    fn signal_queue(&self, index: u16);
+    /// The device's configuration changed.
+    fn signal_config(&self);
+    /// The device met something it cannot recover from: sets `DEVICE_NEEDS_RESET`.
+    fn signal_failed(&self);
+}
+
+/// Why a device did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver left out a queue that the device needs.
+    #[error("the driver did not enable queue {0}")]
+    MissingQueue(u16),
+    /// A host resource was refused.
+    #[error("{what}")]
+    Host {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
