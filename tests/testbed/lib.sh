@@ -1,0 +1,227 @@
+# shellcheck shell=bash
+# Variables are set here for the commands that source this file.
+# shellcheck disable=SC2034
+# Shared by the testbed's commands: where images live, what the host needs, how one outer
+# machine is booted, and how a command is handed to it.
+#
+# The idea: every outer machine has a state directory. Its ctl/ is shared over 9p; a command is a
+# directory ctl/jobs/NAME holding a script, its number goes down a virtio-serial port (so the
+# guest never polls), and the guest writes `out` while it runs and `rc` when it has ended. 9p
+# writes are synchronous, so nothing is lost when the machine is switched off afterwards.
+
+TESTBED_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+REPO_DIR=$(cd "$TESTBED_DIR/../.." && pwd)
+HUSK_CACHE=${HUSK_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/husk}
+SUITES="trixie forky"
+
+say() { printf 'testbed: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# check_suite NAME: only suites that we build an image for.
+check_suite() {
+    case " $SUITES " in
+        *" $1 "*) ;;
+        *) die "unknown suite '$1'; choose one of: $SUITES" ;;
+    esac
+}
+
+# option_value OPTION REMAINING: an option that wants a value has one.
+option_value() { (($2 >= 2)) || die "$1 wants a value"; }
+
+# image_dir SUITE: the directory named by the hash of everything that shapes the image.
+image_dir() {
+    local hash
+    hash=$(cd "$TESTBED_DIR" && sha256sum build-image image/* | sha256sum)
+    printf '%s/testbed/%s-%s\n' "$HUSK_CACHE" "$1" "${hash:0:16}"
+}
+
+# apt_install PACKAGES: as root, quietly, waiting for another apt to end.
+apt_install() {
+    [[ $(id -u) == 0 ]] || die "missing on this host: $*; run as root once, or install them"
+    say "installing on this host: $*"
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install \
+        --yes --quiet=2 --no-install-recommends "$@" >&2
+}
+
+qemu_major() {
+    local version
+    version=$(qemu-system-x86_64 --version 2>/dev/null) || { echo 0; return; }
+    [[ $version =~ version\ ([0-9]+)\. ]] && echo "${BASH_REMATCH[1]}" || echo 0
+}
+
+# need_qemu: QEMU >= 10. Debian 12's own 7.2 emulates SVM slowly and once crashed the outer
+# kernel, so Debian 12 gets it from its backports.
+need_qemu() {
+    (($(qemu_major) >= 10)) && return
+    [[ $(id -u) == 0 ]] || die "QEMU >= 10 is needed (qemu-system-x86); run as root once, or install it"
+    local codename
+    # shellcheck source=/dev/null
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+    if [[ $codename == bookworm ]]; then
+        if ! grep -rqs bookworm-backports /etc/apt/sources.list /etc/apt/sources.list.d; then
+            cat >/etc/apt/sources.list.d/husk-bookworm-backports.sources <<'SOURCES'
+# Added by husk's tests/testbed for QEMU >= 10.
+Types: deb
+URIs: http://deb.debian.org/debian
+Suites: bookworm-backports
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+SOURCES
+        fi
+        apt-get -o DPkg::Lock::Timeout=600 --quiet=2 update >&2
+        apt_install -t bookworm-backports qemu-system-x86 seabios ipxe-qemu
+    else
+        apt-get -o DPkg::Lock::Timeout=600 --quiet=2 update >&2
+        apt_install qemu-system-x86
+    fi
+    (($(qemu_major) >= 10)) || die "this host's QEMU is older than 10 and apt has no newer one; install QEMU >= 10"
+}
+
+# new_state DIR: lay out an outer machine's state directory.
+new_state() {
+    mkdir -p "$1/ctl/jobs" "$1/out"
+    mkfifo "$1/jobs.in" "$1/jobs.out"
+}
+
+# qemu_command STATE IMAGE PAYLOAD OUT MEM SMP [EXTRA…]: fills the array QEMU.
+qemu_command() {
+    local state=$1 image=$2 payload=$3 out=$4 mem=$5 smp=$6
+    shift 6
+    local accel=tcg,thread=multi cpu=max
+    if [[ $("$TESTBED_DIR/detect-kvm" 2>/dev/null) == hardware ]] && nested_enabled; then
+        accel=kvm cpu=host
+    fi
+    # shellcheck disable=SC2054
+    QEMU=(qemu-system-x86_64
+        -nodefaults -no-user-config -display none -no-reboot
+        -name "husk-testbed"
+        -M "q35,usb=off,vmport=off" -accel "$accel" -cpu "$cpu" -smp "$smp" -m "${mem}M"
+        -kernel "$image/vmlinux" -initrd "$image/initrd"
+        -append "$(<"$image/cmdline")"
+        -drive "if=none,id=root,file=$image/root.ext4,format=raw,snapshot=on,discard=unmap"
+        -device virtio-blk-pci,drive=root
+        -chardev "file,id=serial,path=$state/serial.log" -serial chardev:serial
+        -device virtio-serial-pci
+        -chardev "pipe,id=jobs,path=$state/jobs" -device virtserialport,chardev=jobs,name=jobs
+        -fsdev "local,id=ctl,path=$state/ctl,security_model=none"
+        -device virtio-9p-pci,fsdev=ctl,mount_tag=ctl
+        -fsdev "local,id=out,path=$out,security_model=none,multidevs=remap"
+        -device virtio-9p-pci,fsdev=out,mount_tag=out
+        -fsdev "local,id=payload,path=$payload,security_model=none,readonly=on,multidevs=remap"
+        -device virtio-9p-pci,fsdev=payload,mount_tag=payload
+        "$@")
+}
+
+# machine_defaults: the settings that every command shares.
+machine_defaults() {
+    SUITE=trixie MEM=6144 SMP=2 PAYLOAD=$REPO_DIR/target/testbed/payload OUT='' JOB_ENV=()
+}
+
+# machine_option OPTION VALUE: takes one of the shared options.
+machine_option() {
+    case $1 in
+        --suite | --mem | --smp | --payload | --out | --env) option_value "$1" $# ;;
+        *) say "unknown option '$1'"; exit 2 ;;
+    esac
+    case $1 in
+        --suite) check_suite "$2"; SUITE=$2 ;;
+        --mem) MEM=$2 ;;
+        --smp) SMP=$2 ;;
+        --payload) PAYLOAD=$2 ;;
+        --out) OUT=$2 ;;
+        --env)
+            [[ $2 == [A-Za-z_]*=* ]] || die "--env wants KEY=VALUE, not '$2'"
+            JOB_ENV+=("$2")
+            ;;
+    esac
+}
+
+# boot_machine STATE IMAGE OUT [EXTRA…]: starts QEMU as a child that dies with this shell; writes
+# its pid to STATE/pid.
+boot_machine() {
+    local state=$1 image=$2 out=$3
+    shift 3
+    mkdir -p "$PAYLOAD" "$out"
+    qemu_command "$state" "$image" "$PAYLOAD" "$out" "$MEM" "$SMP" "$@"
+    # QEMU unlinks the snapshot as soon as it is open: a killed one leaves no file.
+    TMPDIR=$state setpriv --pdeathsig KILL "${QEMU[@]}" </dev/null >"$state/qemu.log" 2>&1 &
+    echo "$!" >"$state/pid"
+}
+
+# stop_machine STATE: nothing in there is worth a shutdown.
+stop_machine() {
+    machine_alive "$1" || return 0
+    kill -KILL "$(<"$1/pid")" 2>/dev/null || true
+    wait "$(<"$1/pid")" 2>/dev/null || true
+}
+
+# elapsed SINCE: seconds since an $EPOCHREALTIME, with one decimal.
+elapsed() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }'; }
+
+# nested_enabled: the host's KVM lets its guests be hosts.
+nested_enabled() {
+    local file
+    for file in /sys/module/kvm_amd/parameters/nested /sys/module/kvm_intel/parameters/nested; do
+        [[ -r $file && $(<"$file") == [1Y] ]] && return
+    done
+    return 1
+}
+
+# submit STATE ENV-ARRAY-NAME COMMAND…: hand a command to the machine; prints the job's name.
+submit() {
+    local state=$1 job pair
+    local -n job_env=$2
+    shift 2
+    job=$(mktemp -d "$state/ctl/jobs/XXXXXX")
+    {
+        for pair in "${job_env[@]}"; do
+            printf 'export %s=%q\n' "${pair%%=*}" "${pair#*=}"
+        done
+        # One argument is a shell command line, several are an argument vector, as with ssh.
+        if (($# == 1)); then printf '%s\n' "$1"; else printf '%q ' exec "$@"; fi
+    } >"$job/cmd"
+    : >"$job/out"
+    basename "$job" >"$state/jobs.in"
+    basename "$job"
+}
+
+# machine_alive STATE
+machine_alive() { [[ -s $1/pid ]] && kill -0 "$(<"$1/pid")" 2>/dev/null; }
+
+# pause_for SECONDS: sleep without a process (fd 9 is a FIFO that nobody writes to).
+pause_for() { read -rt "$1" -u 9 || true; }
+
+# follow STATE JOB DEADLINE: stream the job's output to stdout until it ends; sets JOB_STATUS to
+# its exit code, or to `timeout` or `died`. DEADLINE is in SECONDS' terms.
+follow() {
+    local state=$1 dir=$1/ctl/jobs/$2 deadline=$3 waiter tailer
+    exec 9<>"$state/jobs.out"
+    (
+        until [[ -e $dir/rc ]]; do
+            machine_alive "$state" || break
+            ((SECONDS < deadline)) || break
+            pause_for 0.05
+        done
+    ) &
+    waiter=$!
+    # With --pid, tail reads to the end once more after the waiter has gone, then leaves.
+    tail -c +1 -f -s 0.05 --pid="$waiter" "$dir/out" &
+    tailer=$!
+    wait "$waiter" || true
+    wait "$tailer" || true
+    if [[ -e $dir/rc ]]; then
+        JOB_STATUS=$(<"$dir/rc")
+    elif machine_alive "$state"; then
+        JOB_STATUS=timeout
+    else
+        JOB_STATUS=died
+    fi
+}
+
+# show_console STATE LINES: the outer machine's own last words.
+show_console() {
+    say "--- last lines of the outer machine's console ---"
+    cat "$1/qemu.log" >&2 2>/dev/null || true
+    tail -n "$2" "$1/serial.log" 2>/dev/null | tr -d '\r' >&2 || true
+    say "--- end of console ---"
+}
