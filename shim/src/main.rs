@@ -1,1 +1,2 @@
+//! containerd-shim-husk-v2.
 fn main() {}

@@ -1,0 +1,416 @@
+//! The node's settings: `/etc/husk/config.toml`.
+//!
+//! A file that is not there means the defaults; a file that is there must be right: an unknown key or a value out
+//! of its range is an error that names file, line and key, because a typo that silently means the default is found only
+//! in production. `deploy/config.toml` shows every key with its default. A pod may change a few of them by annotation
+//! ([`Overrides`]), each only if `enabled_annotations` lists it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_protocol::vm::{CachePolicy, MAX_VCPUS, MIN_MEMORY_MIB};
+use serde::Deserialize;
+use toml::Spanned;
+
+/// Where the settings are unless `$HUSK_CONFIG` or the runtime options' `ConfigPath` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/husk/config.toml";
+/// Environment variable that names another file.
+pub const PATH_VARIABLE: &str = "HUSK_CONFIG";
+/// Where a package puts kernel, initramfs and VMM.
+const LIB_DIR: &str = "/usr/lib/husk";
+/// Prefix of the annotations that are ours.
+const ANNOTATION_PREFIX: &str = "io.husk.";
+/// More than any machine has; catches a size given in bytes.
+const MEMORY_CEILING_MIB: u64 = 16 * 1024 * 1024;
+
+/// The settings, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Guest kernel: an uncompressed ELF `vmlinux` with a PVH note.
+    pub kernel: PathBuf,
+    /// Initramfs that holds the agent.
+    pub initramfs: PathBuf,
+    /// The `husk-vmm` binary.
+    pub vmm: PathBuf,
+    /// vCPUs of a pod that gives no CPU limit.
+    pub default_vcpus: u8,
+    /// Guest memory of a pod that gives no memory limit, in MiB.
+    pub default_memory_mib: u64,
+    /// Most vCPUs a pod gets, whatever it asks for. At most the machine's CPUs by default.
+    pub max_vcpus: u8,
+    /// Most guest memory a pod gets, in MiB. The machine's memory by default.
+    pub max_memory_mib: u64,
+    /// virtio-fs cache policy of the pod's share.
+    pub cache: CachePolicy,
+    /// Appended to the guest kernel's command line.
+    pub kernel_params: String,
+    /// The guest logs its boot on the serial console, into the shim's log. Slow.
+    pub debug_console: bool,
+    /// What the shim logs.
+    pub log_level: LogLevel,
+    /// Directory for what a running pod keeps on disk.
+    pub state_dir: PathBuf,
+    /// Directory of the shims' sockets.
+    pub socket_dir: PathBuf,
+    /// How long a VM may take until its agent has dialled.
+    pub start_timeout: Duration,
+    /// Annotations that a pod may use.
+    pub enabled_annotations: Vec<Annotation>,
+}
+
+/// How much the shim logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// What failed.
+    Error,
+    /// And what looks wrong.
+    Warn,
+    /// And what happens to a pod.
+    Info,
+    /// And why. `-debug` means at least this.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// An annotation `io.husk.NAME` of a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Annotation {
+    /// `io.husk.vcpus`: vCPUs of the pod's VM, whatever its limits say.
+    Vcpus,
+    /// `io.husk.memory_mib`: memory of the pod's VM in MiB, whatever its limits say.
+    MemoryMib,
+    /// `io.husk.kernel_params`: appended to the guest kernel's command line.
+    KernelParams,
+    /// `io.husk.debug_console`: `true` or `false`.
+    DebugConsole,
+}
+
+impl Annotation {
+    const ALL: [Self; 4] = [
+        Self::Vcpus,
+        Self::MemoryMib,
+        Self::KernelParams,
+        Self::DebugConsole,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Vcpus => "vcpus",
+            Self::MemoryMib => "memory_mib",
+            Self::KernelParams => "kernel_params",
+            Self::DebugConsole => "debug_console",
+        }
+    }
+}
+
+/// What a pod's annotations change.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Overrides {
+    /// vCPUs, within the node's maximum.
+    pub vcpus: Option<u8>,
+    /// Memory in MiB, within the node's maximum.
+    pub memory_mib: Option<u64>,
+    /// Appended after the node's `kernel_params`.
+    pub kernel_params: Option<String>,
+    /// Replaces the node's `debug_console`.
+    pub debug_console: Option<bool>,
+}
+
+/// The file as written; every key may be absent.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    kernel: Option<Spanned<PathBuf>>,
+    initramfs: Option<Spanned<PathBuf>>,
+    vmm: Option<Spanned<PathBuf>>,
+    default_vcpus: Option<Spanned<i64>>,
+    default_memory_mib: Option<Spanned<i64>>,
+    max_vcpus: Option<Spanned<i64>>,
+    max_memory_mib: Option<Spanned<i64>>,
+    cache: Option<CachePolicy>,
+    kernel_params: Option<String>,
+    debug_console: Option<bool>,
+    log_level: Option<LogLevel>,
+    state_dir: Option<Spanned<PathBuf>>,
+    socket_dir: Option<Spanned<PathBuf>>,
+    start_timeout_ms: Option<Spanned<i64>>,
+    enabled_annotations: Option<Vec<Annotation>>,
+}
+
+/// Settings that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is named explicitly, or exists, and cannot be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A line is wrong.
+    #[error("configuration {path}, line {line}{}: {reason}", key.as_ref().map(|k| format!(", key {k}")).unwrap_or_default())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// The key, where the line has one.
+        key: Option<String>,
+        /// What is wrong and what is allowed.
+        reason: String,
+    },
+    /// An annotation is ours and cannot be used.
+    #[error("annotation {name}: {reason}")]
+    Annotation {
+        /// Its full name.
+        name: String,
+        /// What is wrong and what is allowed.
+        reason: String,
+    },
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let max_vcpus = std::thread::available_parallelism()
+            .map(|n| u8::try_from(n.get()).unwrap_or(MAX_VCPUS).min(MAX_VCPUS))
+            .unwrap_or(1);
+        Self {
+            kernel: Path::new(LIB_DIR).join("vmlinux"),
+            initramfs: Path::new(LIB_DIR).join("initramfs.cpio"),
+            vmm: default_vmm(),
+            default_vcpus: 1,
+            default_memory_mib: 512,
+            max_vcpus,
+            max_memory_mib: host_memory_mib()
+                .unwrap_or(MEMORY_CEILING_MIB)
+                .max(MIN_MEMORY_MIB),
+            cache: CachePolicy::Auto,
+            kernel_params: String::new(),
+            debug_console: false,
+            log_level: LogLevel::Info,
+            state_dir: PathBuf::from("/run/husk"),
+            socket_dir: PathBuf::from("/run/containerd/s"),
+            start_timeout: Duration::from_secs(30),
+            enabled_annotations: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads the settings: `explicit` (the runtime options' `ConfigPath`), else the file in `$HUSK_CONFIG`, else
+    /// [`DEFAULT_PATH`]. Only the last may be missing.
+    ///
+    /// # Errors
+    /// [`ConfigError`], a sentence for the person who wrote the file.
+    pub fn load(explicit: Option<&Path>) -> Result<Self, ConfigError> {
+        let named = explicit.map(Path::to_owned).or_else(|| {
+            std::env::var_os(PATH_VARIABLE)
+                .filter(|v| !v.is_empty())
+                .map(PathBuf::from)
+        });
+        let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text, &path),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
+                Ok(Self::default())
+            }
+            Err(source) => Err(ConfigError::Read { path, source }),
+        }
+    }
+
+    /// Reads settings from a text; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`ConfigError::Line`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let reader = Reader { text, path };
+        let file: File = toml::from_str(text)
+            .map_err(|e| reader.error(e.span().map_or(0, |s| s.start), e.message().to_owned()))?;
+        let mut config = Self::default();
+        reader.path(file.kernel, &mut config.kernel)?;
+        reader.path(file.initramfs, &mut config.initramfs)?;
+        reader.path(file.vmm, &mut config.vmm)?;
+        reader.path(file.state_dir, &mut config.state_dir)?;
+        reader.path(file.socket_dir, &mut config.socket_dir)?;
+        reader.number(&file.max_vcpus, 1, MAX_VCPUS, &mut config.max_vcpus)?;
+        reader.number(
+            &file.max_memory_mib,
+            MIN_MEMORY_MIB,
+            MEMORY_CEILING_MIB,
+            &mut config.max_memory_mib,
+        )?;
+        // A default above a smaller machine's maximum is brought down; one that the file asks for must fit.
+        config.default_vcpus = config.default_vcpus.min(config.max_vcpus);
+        config.default_memory_mib = config.default_memory_mib.min(config.max_memory_mib);
+        reader.number(
+            &file.default_vcpus,
+            1,
+            config.max_vcpus,
+            &mut config.default_vcpus,
+        )?;
+        reader.number(
+            &file.default_memory_mib,
+            MIN_MEMORY_MIB,
+            config.max_memory_mib,
+            &mut config.default_memory_mib,
+        )?;
+        let mut timeout_ms = 0_u64;
+        reader.number(&file.start_timeout_ms, 100, 600_000, &mut timeout_ms)?;
+        if file.start_timeout_ms.is_some() {
+            config.start_timeout = Duration::from_millis(timeout_ms);
+        }
+        config.cache = file.cache.unwrap_or(config.cache);
+        config.kernel_params = file.kernel_params.unwrap_or(config.kernel_params);
+        config.debug_console = file.debug_console.unwrap_or(config.debug_console);
+        config.log_level = file.log_level.unwrap_or(config.log_level);
+        config.enabled_annotations = file
+            .enabled_annotations
+            .unwrap_or(config.enabled_annotations);
+        Ok(config)
+    }
+
+    /// Reads the pod's `io.husk.*` annotations; others are not ours.
+    ///
+    /// # Errors
+    /// [`ConfigError::Annotation`] for one that is unknown, not enabled on this node, or out of range.
+    pub fn overrides(
+        &self,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Overrides, ConfigError> {
+        let mut overrides = Overrides::default();
+        for (full, value) in annotations {
+            let Some(name) = full.strip_prefix(ANNOTATION_PREFIX) else {
+                continue;
+            };
+            let error = |reason: String| ConfigError::Annotation {
+                name: full.clone(),
+                reason,
+            };
+            let Some(annotation) = Annotation::ALL.into_iter().find(|a| a.name() == name) else {
+                let known = Annotation::ALL.map(Annotation::name).join(", ");
+                return Err(error(format!(
+                    "unknown; husk has {ANNOTATION_PREFIX}{{{known}}}"
+                )));
+            };
+            if !self.enabled_annotations.contains(&annotation) {
+                return Err(error(format!(
+                    "not enabled on this node; to allow it, add {name:?} to enabled_annotations in {DEFAULT_PATH}"
+                )));
+            }
+            match annotation {
+                Annotation::Vcpus => {
+                    overrides.vcpus = Some(in_range(value, 1, self.max_vcpus).map_err(error)?);
+                }
+                Annotation::MemoryMib => {
+                    overrides.memory_mib =
+                        Some(in_range(value, MIN_MEMORY_MIB, self.max_memory_mib).map_err(error)?);
+                }
+                Annotation::KernelParams => overrides.kernel_params = Some(value.clone()),
+                Annotation::DebugConsole => {
+                    let flag = value.trim().parse();
+                    overrides.debug_console =
+                        Some(flag.map_err(|_| error(format!("{value:?} is not true or false")))?);
+                }
+            }
+        }
+        Ok(overrides)
+    }
+}
+
+fn in_range<T: std::str::FromStr + PartialOrd + fmt::Display>(
+    value: &str,
+    min: T,
+    max: T,
+) -> Result<T, String> {
+    match value.trim().parse::<T>() {
+        Ok(n) if n >= min && n <= max => Ok(n),
+        _ => Err(format!("{value:?} is not a number from {min} to {max}")),
+    }
+}
+
+/// Turns places in the text into file, line and key.
+struct Reader<'a> {
+    text: &'a str,
+    path: &'a Path,
+}
+
+impl Reader<'_> {
+    fn error(&self, offset: usize, reason: String) -> ConfigError {
+        let before = self.text.get(..offset).unwrap_or(self.text);
+        let line = before.matches('\n').count() + 1;
+        let key = self
+            .text
+            .lines()
+            .nth(line - 1)
+            .and_then(|l| l.split_once('='))
+            .map(|(key, _)| key.trim().to_owned())
+            .filter(|key| !key.is_empty() && !key.starts_with('#'));
+        ConfigError::Line {
+            path: self.path.to_owned(),
+            line,
+            key,
+            reason,
+        }
+    }
+
+    fn path(
+        &self,
+        value: Option<Spanned<PathBuf>>,
+        target: &mut PathBuf,
+    ) -> Result<(), ConfigError> {
+        let Some(value) = value else { return Ok(()) };
+        if !value.as_ref().is_absolute() {
+            let reason = format!("{:?} is not an absolute path", value.as_ref());
+            return Err(self.error(value.span().start, reason));
+        }
+        *target = value.into_inner();
+        Ok(())
+    }
+
+    fn number<T>(
+        &self,
+        value: &Option<Spanned<i64>>,
+        min: T,
+        max: T,
+        target: &mut T,
+    ) -> Result<(), ConfigError>
+    where
+        T: TryFrom<i64> + PartialOrd + fmt::Display,
+    {
+        let Some(value) = value else { return Ok(()) };
+        match T::try_from(*value.as_ref()) {
+            Ok(n) if n >= min && n <= max => {
+                *target = n;
+                Ok(())
+            }
+            _ => {
+                let reason = format!(
+                    "{} is out of range, allowed is {min} to {max}",
+                    value.as_ref()
+                );
+                Err(self.error(value.span().start, reason))
+            }
+        }
+    }
+}
+
+/// The VMM of the shim's own directory where there is one (a build tree, a test), else the packaged one.
+fn default_vmm() -> PathBuf {
+    std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join("husk-vmm")))
+        .filter(|path| path.is_file())
+        .unwrap_or_else(|| Path::new(LIB_DIR).join("husk-vmm"))
+}
+
+fn host_memory_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = text.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
+    Some(kib.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? / 1024)
+}

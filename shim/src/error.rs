@@ -1,0 +1,96 @@
+//! What the Task API answers when it cannot do what was asked: a code that engines act on and a sentence that people read.
+
+use ttrpc::{Code, proto::Status};
+
+/// A refused or failed call.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct TaskError {
+    code: Code,
+    message: String,
+}
+
+impl TaskError {
+    /// With a code of the caller's choice.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+        }
+    }
+
+    /// There is no such task or process (any more).
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::new(Code::NOT_FOUND, message)
+    }
+
+    /// The id is taken.
+    pub fn already_exists(message: impl Into<String>) -> Self {
+        Self::new(Code::ALREADY_EXISTS, message)
+    }
+
+    /// Not in this state.
+    pub fn failed_precondition(message: impl Into<String>) -> Self {
+        Self::new(Code::FAILED_PRECONDITION, message)
+    }
+
+    /// The request itself is unusable.
+    pub fn invalid_argument(message: impl Into<String>) -> Self {
+        Self::new(Code::INVALID_ARGUMENT, message)
+    }
+
+    /// Not offered.
+    pub fn unimplemented(message: impl Into<String>) -> Self {
+        Self::new(Code::UNIMPLEMENTED, message)
+    }
+
+    /// The host or the guest failed. Engines show the message as it is.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self::new(Code::UNKNOWN, message)
+    }
+
+    /// The guest did not answer within its bound.
+    pub fn timed_out(message: impl Into<String>) -> Self {
+        Self::new(Code::DEADLINE_EXCEEDED, message)
+    }
+
+    /// The same code, with what was being done in front.
+    #[must_use]
+    pub fn context(self, doing: &str) -> Self {
+        Self {
+            code: self.code,
+            message: format!("{doing}: {}", self.message),
+        }
+    }
+
+    /// The code.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    /// The sentence.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+}
+
+impl From<TaskError> for ttrpc::Error {
+    fn from(error: TaskError) -> Self {
+        let mut status = Status::new();
+        status.set_code(error.code);
+        status.set_message(error.message);
+        Self::RpcStatus(status)
+    }
+}
+
+/// An error with its causes, as one sentence: "a: b: c".
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
