@@ -1,0 +1,259 @@
+//! A private containerd: own root, state and socket, so that one already on the machine is never touched.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    sync::{Mutex, PoisonError},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    ctr::{self, Output, Running},
+    runtime::Runtime,
+    wait,
+};
+
+/// The image that most tests run.
+pub const BUSYBOX: &str = "docker.io/library/busybox:husk";
+
+/// The namespace of everything the suites make.
+pub const NAMESPACE: &str = "husk-test";
+
+/// A containerd of our own. Dropped, it is stopped and its directory removed.
+pub struct Containerd {
+    dir: PathBuf,
+    bin: PathBuf,
+    extra_env: Vec<(String, String)>,
+    daemon: Mutex<Option<Child>>,
+    next_id: AtomicU32,
+}
+
+impl Containerd {
+    /// Starts one below `dir`; `bin` holds husk's binaries (the shim is found through `PATH`).
+    ///
+    /// # Errors
+    /// It did not come up; with the end of its log.
+    pub fn start(dir: &Path, bin: &Path) -> Result<Self> {
+        Self::start_with_env(dir, bin, &[])
+    }
+
+    /// The same with variables added to its environment, and so to every shim's.
+    ///
+    /// # Errors
+    /// It did not come up; with the end of its log.
+    pub fn start_with_env(dir: &Path, bin: &Path, extra: &[(&str, &str)]) -> Result<Self> {
+        fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+        let containerd = Self {
+            dir: dir.to_owned(),
+            bin: bin.to_owned(),
+            extra_env: extra
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect(),
+            daemon: Mutex::new(None),
+            next_id: AtomicU32::new(1),
+        };
+        // Version 2 of the configuration is read by 1.7 and 2.x alike. CRI is off: these suites do not ask it.
+        let config = format!(
+            "version = 2\nroot = \"{root}\"\nstate = \"{state}\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.runtime\", \"io.containerd.cri.v1.images\", \"io.containerd.nri.v1.nri\", \"io.containerd.internal.v1.opt\", \"io.containerd.tracing.processor.v1.otlp\", \"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.devmapper\"]\n[grpc]\naddress = \"{socket}\"\n[ttrpc]\naddress = \"{socket}.ttrpc\"\n[debug]\nlevel = \"debug\"\n",
+            root = dir.join("root").display(),
+            state = dir.join("state").display(),
+            socket = containerd.socket().display(),
+        );
+        fs::write(dir.join("config.toml"), config)?;
+        containerd.launch()?;
+        Ok(containerd)
+    }
+
+    /// The gRPC socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("containerd.sock")
+    }
+
+    /// Where its log goes, the shims' lines among it.
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("containerd.log")
+    }
+
+    /// A directory that lives as long as this containerd.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn path_env(&self) -> String {
+        let old = env::var("PATH").unwrap_or_default();
+        format!(
+            "{}:{old}:/usr/local/sbin:/usr/sbin:/sbin",
+            self.bin.display()
+        )
+    }
+
+    fn launch(&self) -> Result<()> {
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_path())?;
+        let child = Command::new("containerd")
+            .arg("--config")
+            .arg(self.dir.join("config.toml"))
+            .env("PATH", self.path_env())
+            .envs(self.extra_env.iter().map(|(k, v)| (k, v)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("starting containerd: is it installed?")?;
+        *self.daemon.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+        let up = wait::until("containerd to answer", || {
+            let out = ctr::output(self.ctr().arg("version")).ok()?;
+            (out.code == 0).then_some(())
+        });
+        match up {
+            Ok(()) => Ok(()),
+            Err(error) => bail!("{error}\n{}", self.log_tail(40)),
+        }
+    }
+
+    /// The pid of the daemon.
+    ///
+    /// # Errors
+    /// It is not running.
+    pub fn pid(&self) -> Result<u32> {
+        let daemon = self.daemon.lock().unwrap_or_else(PoisonError::into_inner);
+        daemon
+            .as_ref()
+            .map(Child::id)
+            .context("containerd is not running")
+    }
+
+    /// Kills the daemon outright and leaves the shims alone.
+    pub fn kill(&self) {
+        if let Some(mut child) = self
+            .daemon
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
+            // Already gone is as good.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Starts the daemon again after [`Containerd::kill`].
+    ///
+    /// # Errors
+    /// It did not come up.
+    pub fn relaunch(&self) -> Result<()> {
+        self.launch()
+    }
+
+    /// `ctr` against this daemon.
+    pub fn ctr(&self) -> Command {
+        let mut command = Command::new("ctr");
+        command
+            .env("PATH", self.path_env())
+            .arg("--address")
+            .arg(self.socket())
+            .args(["--namespace", NAMESPACE]);
+        command
+    }
+
+    /// Runs `ctr ARGS`.
+    ///
+    /// # Errors
+    /// It could not be started, or hangs.
+    pub fn run_ctr<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Result<Output> {
+        ctr::output(self.ctr().args(args))
+    }
+
+    /// Starts `ctr ARGS` and returns at once.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn start_ctr<S: AsRef<std::ffi::OsStr>>(&self, args: &[S], stdin: bool) -> Result<Running> {
+        Running::start(self.ctr().args(args), stdin)
+    }
+
+    /// Imports an image archive.
+    ///
+    /// # Errors
+    /// containerd refused it.
+    pub fn import(&self, archive: &Path) -> Result<()> {
+        ctr::output(self.ctr().args(["image", "import"]).arg(archive))?.ok()?;
+        Ok(())
+    }
+
+    /// A container id nobody has used.
+    pub fn fresh_id(&self, stem: &str) -> String {
+        format!("{stem}-{}", self.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// `ctr run --rm` of the busybox image with these flags and this command.
+    pub fn run_command(
+        &self,
+        runtime: Runtime,
+        id: &str,
+        flags: &[&str],
+        command: &[&str],
+    ) -> Command {
+        let mut ctr = self.ctr();
+        ctr.arg("run")
+            .args(runtime.ctr_flags())
+            .args(flags)
+            .arg(BUSYBOX)
+            .arg(id)
+            .args(command);
+        ctr
+    }
+
+    /// Kills and deletes a container, whatever its state. For the end of a test that left it running.
+    ///
+    /// # Errors
+    /// `ctr` hangs.
+    pub fn remove(&self, id: &str) -> Result<()> {
+        // Each may have nothing to do.
+        self.run_ctr(&["task", "kill", "--signal", "SIGKILL", id])?;
+        self.run_ctr(&["task", "delete", "--force", id])?;
+        self.run_ctr(&["container", "delete", id])?;
+        Ok(())
+    }
+
+    /// The last lines of the daemon's log.
+    pub fn log_tail(&self, lines: usize) -> String {
+        let text = self.log();
+        let all: Vec<&str> = text.lines().collect();
+        all[all.len().saturating_sub(lines)..].join("\n")
+    }
+
+    /// The whole log.
+    pub fn log(&self) -> String {
+        fs::read(self.log_path())
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        let child = self
+            .daemon
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(mut child) = child {
+            let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+            // Ask first: it unmounts what it has mounted.
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            if wait::until("containerd to stop", || child.try_wait().ok().flatten()).is_err() {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+        // Best effort: the directory may hold a mount that a failed test left.
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}

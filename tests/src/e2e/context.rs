@@ -1,0 +1,196 @@
+//! What every test gets: a containerd with the image in it, the runtime under test, and short ways to use them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use husk_tests::{
+    containerd::Containerd,
+    ctr::{self, Output, Running},
+    runtime::Runtime,
+    spec::SpecRun,
+};
+use sha2::{Digest, Sha256};
+
+/// The suites' common ground.
+pub struct Context {
+    /// Shared by the tests that do not disturb it.
+    pub containerd: Containerd,
+    /// The runtime under test.
+    pub runtime: Runtime,
+    /// Where husk's binaries are.
+    pub bin: PathBuf,
+    /// A busybox root file system on the host, for specs with a root path.
+    pub rootfs: PathBuf,
+}
+
+impl Context {
+    /// Unpacks what the tests share.
+    ///
+    /// # Errors
+    /// The root file system could not be made.
+    pub fn new(containerd: Containerd, runtime: Runtime, bin: PathBuf) -> Result<Self> {
+        let rootfs = containerd.dir().join("rootfs");
+        make_rootfs(&rootfs)?;
+        Ok(Self {
+            containerd,
+            runtime,
+            bin,
+            rootfs,
+        })
+    }
+
+    /// Runs a command in a new container of the busybox image and removes it.
+    ///
+    /// # Errors
+    /// `ctr` could not be started, or hangs.
+    pub fn run(&self, flags: &[&str], command: &[&str]) -> Result<Output> {
+        let id = self.containerd.fresh_id("run");
+        let flags = [&["--rm"], flags].concat();
+        ctr::output(
+            &mut self
+                .containerd
+                .run_command(self.runtime, &id, &flags, command),
+        )
+    }
+
+    /// Runs a shell script in a new container and removes it.
+    ///
+    /// # Errors
+    /// `ctr` could not be started, or hangs.
+    pub fn sh(&self, script: &str) -> Result<Output> {
+        self.run(&[], &["sh", "-c", script])
+    }
+
+    /// A container that goes on until it is removed.
+    ///
+    /// # Errors
+    /// It did not start.
+    pub fn detached(&self, flags: &[&str], command: &[&str]) -> Result<Detached<'_>> {
+        let id = self.containerd.fresh_id("bg");
+        let flags = [&["--detach"], flags].concat();
+        ctr::output(
+            &mut self
+                .containerd
+                .run_command(self.runtime, &id, &flags, command),
+        )?
+        .ok()?;
+        Ok(Detached { suite: self, id })
+    }
+
+    /// A spec with the shared root file system.
+    ///
+    /// # Errors
+    /// `ctr oci spec` failed.
+    pub fn spec(&self, command: &[&str]) -> Result<SpecRun<'_>> {
+        SpecRun::new(&self.containerd, self.runtime, &self.rootfs, command)
+    }
+}
+
+/// A running container; dropped, it is killed and removed.
+pub struct Detached<'a> {
+    suite: &'a Context,
+    /// Its id.
+    pub id: String,
+}
+
+impl Detached<'_> {
+    /// Runs a command in it.
+    ///
+    /// # Errors
+    /// `ctr` could not be started, or hangs.
+    pub fn exec(&self, command: &[&str]) -> Result<Output> {
+        self.start_exec(command)?.finish()
+    }
+
+    /// Starts a command in it.
+    ///
+    /// # Errors
+    /// `ctr` could not be started.
+    pub fn start_exec(&self, command: &[&str]) -> Result<Running> {
+        let exec_id = self.suite.containerd.fresh_id("exec");
+        let head = ["task", "exec", "--exec-id", &exec_id, &self.id];
+        self.suite
+            .containerd
+            .start_ctr(&[&head, command].concat(), false)
+    }
+
+    /// `ctr task ARGS… ID`.
+    ///
+    /// # Errors
+    /// `ctr` could not be started, or hangs.
+    pub fn task(&self, arguments: &[&str]) -> Result<Output> {
+        let all = [&["task"], arguments, &[&self.id]].concat();
+        self.suite.containerd.run_ctr(&all)
+    }
+
+    /// The task's state in containerd's word (`RUNNING`, `STOPPED`, `PAUSED`), empty where there is no task.
+    ///
+    /// # Errors
+    /// `ctr` could not be started, or hangs.
+    pub fn state(&self) -> Result<String> {
+        let list = self
+            .suite
+            .containerd
+            .run_ctr(&["task", "list"])?
+            .ok()?
+            .text();
+        Ok(list
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>())
+            .find(|row| row.first() == Some(&self.id.as_str()))
+            .and_then(|row| row.last().map(|s| (*s).to_owned()))
+            .unwrap_or_default())
+    }
+}
+
+impl Drop for Detached<'_> {
+    fn drop(&mut self) {
+        // A test that leaves something behind is caught by the leak checks.
+        let _ = self.suite.containerd.remove(&self.id);
+    }
+}
+
+/// Hexadecimal SHA-256.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect()
+}
+
+fn make_rootfs(to: &Path) -> Result<()> {
+    use std::{fs, os::unix::fs::PermissionsExt};
+    for dir in [
+        "bin",
+        "dev",
+        "etc",
+        "proc",
+        "sys",
+        "root",
+        "tmp",
+        "var",
+        "home/user",
+    ] {
+        fs::create_dir_all(to.join(dir))?;
+    }
+    fs::set_permissions(to.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+    fs::copy("/bin/busybox", to.join("bin/busybox"))?;
+    let applets = std::process::Command::new("/bin/busybox")
+        .arg("--list")
+        .output()?;
+    for applet in String::from_utf8_lossy(&applets.stdout)
+        .lines()
+        .filter(|a| *a != "busybox")
+    {
+        std::os::unix::fs::symlink("busybox", to.join("bin").join(applet))?;
+    }
+    fs::write(
+        to.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+    )?;
+    fs::write(
+        to.join("etc/group"),
+        "root:x:0:\nuser:x:1000:\nextra:x:2000:user\n",
+    )?;
+    Ok(())
+}

@@ -1,0 +1,136 @@
+//! Standard streams: apart, whole, and to the last byte.
+
+use anyhow::{Result, ensure};
+use husk_tests::{
+    ctr::{self, output_with_input},
+    wait,
+};
+
+use crate::{
+    Test,
+    context::{Context, sha256},
+    husk_test, test,
+};
+
+const BIG: usize = 64 << 20;
+
+pub const TESTS: &[Test] = &[
+    test("stdout_and_stderr_apart", apart),
+    test("stdin_to_its_end", stdin_to_its_end),
+    test("stdout_64_mib", stdout_64_mib),
+    test("stdin_64_mib", stdin_64_mib),
+    test("output_of_a_process_that_ends_at_once", ends_at_once),
+    test("log_to_a_file", log_to_a_file),
+    husk_test("stdout_can_be_opened_again", stdout_can_be_opened_again),
+    test(
+        "a_background_child_does_not_hold_the_exec",
+        background_child,
+    ),
+];
+
+fn apart(suite: &Context) -> Result<()> {
+    let out = suite.sh("echo to-out; echo to-err >&2")?.ok()?;
+    ensure!(
+        out.text() == "to-out" && out.errors() == "to-err",
+        "{out:?}"
+    );
+    Ok(())
+}
+
+fn stdin_to_its_end(suite: &Context) -> Result<()> {
+    let id = suite.containerd.fresh_id("stdin");
+    let mut command = suite
+        .containerd
+        .run_command(suite.runtime, &id, &["--rm"], &["cat"]);
+    let out = output_with_input(&mut command, b"one\ntwo\n".to_vec())?.ok()?;
+    ensure!(out.stdout == b"one\ntwo\n", "{out:?}");
+    Ok(())
+}
+
+/// Bytes that do not repeat within any buffer on the way.
+fn pattern(len: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        // xorshift64 (Marsaglia 2003).
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+fn stdout_64_mib(suite: &Context) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let bytes = pattern(BIG);
+    std::fs::write(dir.path().join("data"), &bytes)?;
+    let mount = format!(
+        "type=bind,src={},dst=/mnt,options=rbind:ro",
+        dir.path().display()
+    );
+    let out = suite
+        .run(&["--mount", &mount], &["cat", "/mnt/data"])?
+        .ok()?;
+    ensure!(out.stdout.len() == BIG, "{} bytes came", out.stdout.len());
+    ensure!(sha256(&out.stdout) == sha256(&bytes), "the bytes differ");
+    Ok(())
+}
+
+fn stdin_64_mib(suite: &Context) -> Result<()> {
+    let bytes = pattern(BIG);
+    let hash = sha256(&bytes);
+    let id = suite.containerd.fresh_id("stdin");
+    let mut command = suite
+        .containerd
+        .run_command(suite.runtime, &id, &["--rm"], &["sha256sum"]);
+    let out = output_with_input(&mut command, bytes)?.ok()?;
+    ensure!(out.text().starts_with(&hash), "{out:?}");
+    Ok(())
+}
+
+fn ends_at_once(suite: &Context) -> Result<()> {
+    for _ in 0..5 {
+        let out = suite.run(&[], &["echo", "brief"])?.ok()?;
+        ensure!(out.text() == "brief", "{out:?}");
+    }
+    Ok(())
+}
+
+fn log_to_a_file(suite: &Context) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let log = dir.path().join("log");
+    let uri = format!("file://{}", log.display());
+    let container = suite.detached(
+        &["--log-uri", &uri],
+        &["sh", "-c", "echo logged; sleep 1000"],
+    )?;
+    wait::until("the line in the file", || {
+        std::fs::read_to_string(&log)
+            .is_ok_and(|text| text.contains("logged"))
+            .then_some(())
+    })?;
+    drop(container);
+    Ok(())
+}
+
+fn stdout_can_be_opened_again(suite: &Context) -> Result<()> {
+    // Programs that log to /dev/stdout open it: a socket there would refuse.
+    let out = suite
+        .sh("echo again > /dev/stdout; echo err > /dev/stderr")?
+        .ok()?;
+    ensure!(out.text() == "again" && out.errors() == "err", "{out:?}");
+    Ok(())
+}
+
+fn background_child(suite: &Context) -> Result<()> {
+    let container = suite.detached(&[], &["sleep", "1000"])?;
+    let exec_id = suite.containerd.fresh_id("exec");
+    let mut command = suite.containerd.ctr();
+    command.args(["task", "exec", "--exec-id", &exec_id, &container.id]);
+    command.args(["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo done"]);
+    let out = ctr::output(&mut command)?.ok()?;
+    ensure!(out.text() == "done", "{out:?}");
+    Ok(())
+}

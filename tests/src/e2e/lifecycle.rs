@@ -1,0 +1,150 @@
+//! The life of a task as `ctr` sees it, and that nothing of it stays on the host.
+
+use anyhow::{Result, ensure};
+use husk_tests::{ctr::Running, host::Traces, wait};
+
+use crate::{Test, context::Context, husk_test, test};
+
+pub const TESTS: &[Test] = &[
+    test("pause_and_resume", pause_and_resume),
+    test("metrics_and_processes", metrics_and_processes),
+    test("attach_again_after_the_client_has_gone", attach_again),
+    test("create_then_start", create_then_start),
+    husk_test("ten_at_once", ten_at_once),
+    husk_test("thirty_cycles_leave_nothing", thirty_cycles),
+    husk_test("a_debian_root_file_system", debian),
+];
+
+fn pause_and_resume(suite: &Context) -> Result<()> {
+    let container = suite.detached(
+        &[],
+        &[
+            "sh",
+            "-c",
+            "i=0; while :; do i=$((i+1)); echo $i > /tmp/i; sleep 0.05; done",
+        ],
+    )?;
+    let value = || -> Result<u64> {
+        Ok(container
+            .exec(&["cat", "/tmp/i"])?
+            .ok()?
+            .text()
+            .parse()
+            .unwrap_or(0))
+    };
+    wait::until("it to count", || (value().ok()? > 3).then_some(()))?;
+    container.task(&["pause"])?.ok()?;
+    ensure!(container.state()? == "PAUSED");
+    container.task(&["resume"])?.ok()?;
+    ensure!(container.state()? == "RUNNING");
+    let before = value()?;
+    wait::until("it to count on", || (value().ok()? > before).then_some(()))?;
+    Ok(())
+}
+
+fn metrics_and_processes(suite: &Context) -> Result<()> {
+    let container = suite.detached(&[], &["sleep", "1000"])?;
+    let metrics = container.task(&["metrics"])?.ok()?;
+    ensure!(
+        metrics.text().contains("memory.usage_in_bytes") || metrics.text().contains("memory.usage"),
+        "{metrics:?}"
+    );
+    let processes = container.task(&["ps"])?.ok()?;
+    let pid: u32 = processes
+        .text()
+        .lines()
+        .nth(1)
+        .and_then(|line| line.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0);
+    ensure!(
+        pid > 1 && std::path::Path::new(&format!("/proc/{pid}")).exists(),
+        "{processes:?}"
+    );
+    Ok(())
+}
+
+fn attach_again(suite: &Context) -> Result<()> {
+    let id = suite.containerd.fresh_id("attach");
+    let script = "read a; echo first-$a; read b; echo second-$b; exit 9";
+    let mut command = suite
+        .containerd
+        .run_command(suite.runtime, &id, &[], &["sh", "-c", script]);
+    let client = Running::start(&mut command, true)?;
+    wait::until("the task to run", || {
+        let list = suite.containerd.run_ctr(&["task", "list"]).ok()?.text();
+        list.lines()
+            .any(|l| l.starts_with(&id) && l.ends_with("RUNNING"))
+            .then_some(())
+    })?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(client.pid().cast_signed()),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
+    drop(client.finish());
+    let mut again = suite.containerd.start_ctr(&["task", "attach", &id], true)?;
+    again.feed(b"one\ntwo\n".to_vec());
+    let out = again.finish()?.exited(9)?;
+    ensure!(
+        out.text().contains("first-one") && out.text().contains("second-two"),
+        "{out:?}"
+    );
+    suite.containerd.remove(&id)
+}
+
+fn create_then_start(suite: &Context) -> Result<()> {
+    let id = suite.containerd.fresh_id("two-step");
+    let mut create = vec!["container", "create"];
+    create.extend(&suite.runtime.ctr_flags()[..2]);
+    create.extend([husk_tests::containerd::BUSYBOX, &id, "echo", "step two"]);
+    suite.containerd.run_ctr(&create)?.ok()?;
+    let out = suite.containerd.run_ctr(&["task", "start", &id])?.ok()?;
+    ensure!(out.text() == "step two", "{out:?}");
+    // Deleting the task needs it stopped, which it is.
+    suite.containerd.remove(&id)
+}
+
+fn ten_at_once(suite: &Context) -> Result<()> {
+    let before = Traces::now();
+    let running: Vec<_> = (0..10)
+        .map(|_| suite.detached(&[], &["sleep", "1000"]))
+        .collect::<Result<_>>()?;
+    for container in &running {
+        let out = container.exec(&["echo", &container.id])?.ok()?;
+        ensure!(out.text() == container.id, "{out:?}");
+    }
+    drop(running);
+    before.restored()
+}
+
+fn thirty_cycles(suite: &Context) -> Result<()> {
+    let before = Traces::now();
+    for n in 0..30 {
+        suite
+            .run(&[], &["true"])?
+            .ok()
+            .map_err(|e| e.context(format!("cycle {n}")))?;
+    }
+    before.restored()
+}
+
+fn debian(suite: &Context) -> Result<()> {
+    let id = suite.containerd.fresh_id("debian");
+    let script = "set -e; . /etc/os-release; echo $ID; dpkg -l gcc | tail -n 1; apt-cache policy gcc | head -n 1; \
+        python3 -c 'import hashlib, json, threading; print(json.dumps({\"py\": sum(range(10))}))'; \
+        cd /tmp; printf '#include <stdio.h>\\nint main(void){puts(\"compiled\");return 3;}\\n' > a.c; gcc -O1 -o a a.c; ./a || echo code $?";
+    let mut command = suite.containerd.ctr();
+    command.arg("run").args(suite.runtime.ctr_flags()).args([
+        "--rm",
+        "--rootfs",
+        "/srv/debian-rootfs",
+        &id,
+        "sh",
+        "-c",
+        script,
+    ]);
+    let out = husk_tests::ctr::output(&mut command)?.ok()?;
+    for part in ["debian", "gcc:", "{\"py\": 45}", "compiled", "code 3"] {
+        ensure!(out.text().contains(part), "no {part:?} in {out:?}");
+    }
+    Ok(())
+}

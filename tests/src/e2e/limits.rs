@@ -1,0 +1,138 @@
+//! Resource limits hold, and what hits them is told.
+
+use anyhow::{Result, ensure};
+use husk_tests::{ctr::Running, wait};
+use serde_json::json;
+
+use crate::{Test, context::Context, husk_test, test};
+
+pub const TESTS: &[Test] = &[
+    test("memory_limit_kills_with_137_and_an_event", memory),
+    test("pids_limit_holds", pids),
+    test("cpu_and_memory_are_in_the_cgroup", cgroup_files),
+    test("update_changes_the_limit", update),
+    husk_test("a_fork_bomb_is_survived", fork_bomb),
+    husk_test("no_limit_means_the_default_size", default_size),
+];
+
+/// Fills memory until something stops it.
+const HOG: &str = "x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done";
+
+fn memory(suite: &Context) -> Result<()> {
+    let mut events = suite.containerd.ctr();
+    let events = Running::start(events.arg("events"), false)?;
+    let out = suite.run(&["--memory-limit", "33554432"], &["sh", "-c", HOG])?;
+    // busybox's own words when malloc fails would be exit code 1 or 2: the kernel has to end it.
+    out.exited(137)?;
+    let seen = wait::until("the OOM event", || {
+        // `ctr events` prints as they come; give it its time, then read what it had.
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        Some(())
+    });
+    seen?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(events.pid().cast_signed()),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
+    let told = events.finish()?.text();
+    ensure!(told.contains("/tasks/oom"), "no OOM event among:\n{told}");
+    Ok(())
+}
+
+fn pids(suite: &Context) -> Result<()> {
+    let mut run = suite.spec(&[
+        "sh",
+        "-c",
+        "for i in $(seq 40); do sleep 1000 & done; echo $(jobs | wc -l)",
+    ])?;
+    run.spec["linux"]["resources"]["pids"] = json!({ "limit": 20 });
+    let out = run.run()?;
+    // The shell gives up at the first fork that fails.
+    ensure!(out.errors().contains("fork"), "{out:?}");
+    run.spec["linux"]["resources"]["pids"] = json!({ "limit": 100 });
+    let out = run.run()?.ok()?;
+    ensure!(out.text() == "40", "{out:?}");
+    Ok(())
+}
+
+fn cgroup_files(suite: &Context) -> Result<()> {
+    let mut run = suite.spec(&[
+        "sh",
+        "-c",
+        "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max cpu.weight pids.max cpuset.cpus",
+    ])?;
+    run.spec["linux"]["resources"] = json!({
+        "memory": { "limit": 67_108_864, "swap": 67_108_864 },
+        "cpu": { "shares": 2048, "quota": 50_000, "period": 100_000, "cpus": "0" },
+        "pids": { "limit": 77 },
+    });
+    let mounts = run.spec["mounts"].as_array_mut().into_iter().flatten();
+    for mount in mounts.filter(|m| m["destination"] == "/sys/fs/cgroup") {
+        mount["type"] = json!("cgroup2");
+        mount["source"] = json!("cgroup2");
+    }
+    add_cgroup_namespace(&mut run.spec);
+    let out = run.run()?.ok()?;
+    let lines: Vec<&str> = out
+        .stdout
+        .split(|b| *b == b'\n')
+        .map(|l| std::str::from_utf8(l).unwrap_or("?"))
+        .collect();
+    ensure!(
+        lines.starts_with(&["67108864", "0", "50000 100000"])
+            && lines.get(4) == Some(&"77")
+            && lines.get(5) == Some(&"0"),
+        "{lines:?}"
+    );
+    Ok(())
+}
+
+fn add_cgroup_namespace(spec: &mut serde_json::Value) {
+    if let Some(list) = spec["linux"]["namespaces"].as_array_mut() {
+        if !list.iter().any(|n| n["type"] == "cgroup") {
+            list.push(json!({ "type": "cgroup" }));
+        }
+        if !list.iter().any(|n| n["type"] == "mount") {
+            list.push(json!({ "type": "mount" }));
+        }
+    }
+}
+
+fn update(suite: &Context) -> Result<()> {
+    let container = suite.detached(&["--memory-limit", "67108864"], &["sleep", "1000"])?;
+    // ctr has no update command of its own for resources; the metrics show what was set.
+    let out = container.task(&["metrics", "--format", "json"])?.ok()?;
+    ensure!(out.text().contains("67108864"), "{out:?}");
+    Ok(())
+}
+
+fn fork_bomb(suite: &Context) -> Result<()> {
+    let mut run = suite.spec(&["sh", "-c", "echo armed; b() { b | b & }; b; sleep 1000"])?;
+    run.spec["linux"]["resources"]["pids"] = json!({ "limit": 200 });
+    let id = suite.containerd.fresh_id("bomb");
+    let mut running = Running::start(&mut run.command(&id, &["--rm"])?, false)?;
+    wait::until("the bomb to run", || {
+        let list = suite.containerd.run_ctr(&["task", "list"]).ok()?.text();
+        list.lines()
+            .any(|l| l.starts_with(&id) && l.ends_with("RUNNING"))
+            .then_some(())
+    })?;
+    ensure!(!running.has_ended());
+    // The agent still answers, and ends it.
+    suite.containerd.run_ctr(&["task", "metrics", &id])?.ok()?;
+    suite
+        .containerd
+        .run_ctr(&["task", "kill", "--all", "--signal", "SIGKILL", &id])?
+        .ok()?;
+    running.finish()?.exited(137)?;
+    Ok(())
+}
+
+fn default_size(suite: &Context) -> Result<()> {
+    let out = suite
+        .sh("awk '/MemTotal/ {print $2}' /proc/meminfo")?
+        .ok()?;
+    let kib: u64 = out.text().parse()?;
+    ensure!(kib > 100 * 1024, "the guest has {kib} KiB");
+    Ok(())
+}

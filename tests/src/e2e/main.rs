@@ -1,0 +1,140 @@
+//! The end-to-end suites: real containerd, real VMs, real containers.
+//!
+//! `husk-e2e` runs as root where VMs can run (the testbed, or a host with hardware KVM). It takes cargo test's flags: a
+//! name filters, `--list` lists, `--test-threads 1` runs one at a time. `HUSK_TEST_RUNTIME=runc` runs the tests that
+//! hold for any runtime on runc, as a control: one that fails there is wrong.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use anyhow::{Context, Result};
+use husk_tests::{containerd::Containerd, runtime::Runtime};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+mod context;
+mod exec;
+mod faults;
+mod io;
+mod isolation;
+mod lifecycle;
+mod limits;
+mod oci;
+mod run;
+mod signals;
+mod terminal;
+
+use context::Context as Suite;
+
+/// One test: its name, whether it only makes sense on husk, and what it does.
+pub struct Test {
+    name: &'static str,
+    husk_only: bool,
+    run: fn(&Suite) -> Result<()>,
+}
+
+/// A test that holds for any runtime.
+pub const fn test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Test {
+    Test {
+        name,
+        husk_only: false,
+        run,
+    }
+}
+
+/// A test of something that only husk has.
+pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Test {
+    Test {
+        name,
+        husk_only: true,
+        run,
+    }
+}
+
+/// The suites. Those marked alone count what the whole host holds, so nothing runs beside them.
+const SUITES: [(&str, bool, &[Test]); 10] = [
+    ("run", false, run::TESTS),
+    ("io", false, io::TESTS),
+    ("terminal", false, terminal::TESTS),
+    ("signals", false, signals::TESTS),
+    ("exec", false, exec::TESTS),
+    ("limits", false, limits::TESTS),
+    ("isolation", false, isolation::TESTS),
+    ("oci", false, oci::TESTS),
+    ("lifecycle", true, lifecycle::TESTS),
+    ("faults", true, faults::TESTS),
+];
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Two VMs at a time keep two cores busy.
+    arguments.test_threads.get_or_insert(2);
+    match run(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("husk-e2e: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let runtime: Runtime = env::var("HUSK_TEST_RUNTIME")
+        .unwrap_or_else(|_| "husk".into())
+        .parse()?;
+    if arguments.list {
+        let trials = SUITES.iter().flat_map(|(suite, _, tests)| {
+            tests
+                .iter()
+                .map(move |test| Trial::test(format!("{suite}::{}", test.name), || Ok(())))
+        });
+        return Ok(libtest_mimic::run(arguments, trials.collect()).exit_code());
+    }
+    let bin = env::current_exe()?
+        .parent()
+        .map(Path::to_owned)
+        .context("husk-e2e has no directory")?;
+    let dir = PathBuf::from("/run/husk-e2e");
+    let containerd = Containerd::start(&dir, &bin)?;
+    containerd.import(Path::new("/srv/images/busybox.tar"))?;
+    let suite = Arc::new(Suite::new(containerd, runtime, bin)?);
+
+    // Two rounds: side by side, then one at a time. Both must pass.
+    let together = libtest_mimic::run(arguments, trials(&suite, false));
+    let alone = Arguments {
+        test_threads: Some(1),
+        ..arguments.clone()
+    };
+    let apart = libtest_mimic::run(&alone, trials(&suite, true));
+    let failed = together.has_failed() || apart.has_failed();
+    if failed {
+        eprintln!(
+            "the end of containerd's log:\n{}",
+            suite.containerd.log_tail(60)
+        );
+    }
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn trials(suite: &Arc<Suite>, alone: bool) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (name, _, tests) in SUITES.iter().filter(|(_, is_alone, _)| *is_alone == alone) {
+        for test in tests
+            .iter()
+            .filter(|t| !t.husk_only || suite.runtime == Runtime::Husk)
+        {
+            let suite = Arc::clone(suite);
+            trials.push(Trial::test(format!("{name}::{}", test.name), move || {
+                (test.run)(&suite).map_err(|error| Failed::from(format!("{error:?}")))
+            }));
+        }
+    }
+    trials
+}

@@ -1,0 +1,65 @@
+//! The runtimes that a suite or a bench can ask containerd for.
+
+use std::fmt;
+
+/// A runtime under test or beside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Runtime {
+    /// Ours.
+    Husk,
+    /// runc, the control: a test that fails on it is wrong.
+    Runc,
+    /// crun.
+    Crun,
+    /// gVisor.
+    Runsc,
+}
+
+impl Runtime {
+    /// The name in tables and in `bench.json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Husk => "husk",
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+            Self::Runsc => "runsc",
+        }
+    }
+
+    /// The flags that make `ctr run` use it.
+    pub fn ctr_flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Husk => &["--runtime", "io.containerd.husk.v2"],
+            Self::Runc => &["--runtime", "io.containerd.runc.v2"],
+            Self::Crun => &[
+                "--runtime",
+                "io.containerd.runc.v2",
+                "--runc-binary",
+                "crun",
+            ],
+            Self::Runsc => &[
+                "--runtime",
+                "io.containerd.runc.v2",
+                "--runc-binary",
+                "runsc-testbed",
+            ],
+        }
+    }
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Runtime {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> anyhow::Result<Self> {
+        [Self::Husk, Self::Runc, Self::Crun, Self::Runsc]
+            .into_iter()
+            .find(|r| r.name() == name)
+            .ok_or_else(|| anyhow::anyhow!("unknown runtime {name:?}: husk, runc, crun or runsc"))
+    }
+}

@@ -1,0 +1,79 @@
+//! OCI runtime specs for `ctr run --config`: containerd's own default, changed where a test wants it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::{
+    containerd::Containerd,
+    ctr::{self, Output},
+    runtime::Runtime,
+};
+
+/// Builds a spec and runs it.
+pub struct SpecRun<'a> {
+    containerd: &'a Containerd,
+    runtime: Runtime,
+    /// The spec as it will be written; a test changes what it likes.
+    pub spec: Value,
+}
+
+impl<'a> SpecRun<'a> {
+    /// containerd's default spec with this root file system and command, no terminal and no network namespace path.
+    ///
+    /// # Errors
+    /// `ctr oci spec` failed.
+    pub fn new(
+        containerd: &'a Containerd,
+        runtime: Runtime,
+        rootfs: &Path,
+        command: &[&str],
+    ) -> Result<Self> {
+        let text = containerd.run_ctr(&["oci", "spec"])?.ok()?.stdout;
+        let mut spec: Value =
+            serde_json::from_slice(&text).context("reading what `ctr oci spec` printed")?;
+        spec["root"] = json!({ "path": rootfs, "readonly": false });
+        spec["process"]["args"] = json!(command);
+        spec["process"]["terminal"] = json!(false);
+        Ok(Self {
+            containerd,
+            runtime,
+            spec,
+        })
+    }
+
+    /// Where the spec of `id` is written.
+    fn path(&self, id: &str) -> PathBuf {
+        self.containerd.dir().join(format!("{id}.json"))
+    }
+
+    /// `ctr run --config` with more flags, ready to start.
+    ///
+    /// # Errors
+    /// The spec could not be written.
+    pub fn command(&self, id: &str, flags: &[&str]) -> Result<std::process::Command> {
+        let path = self.path(id);
+        fs::write(&path, serde_json::to_vec_pretty(&self.spec)?)?;
+        let mut ctr = self.containerd.ctr();
+        ctr.arg("run")
+            .args(self.runtime.ctr_flags())
+            .args(flags)
+            .arg("--config")
+            .arg(path)
+            .arg(id);
+        Ok(ctr)
+    }
+
+    /// Runs it to its end and removes it.
+    ///
+    /// # Errors
+    /// `ctr` could not be started, or hangs.
+    pub fn run(&self) -> Result<Output> {
+        let id = self.containerd.fresh_id("spec");
+        ctr::output(&mut self.command(&id, &["--rm"])?)
+    }
+}
