@@ -26,13 +26,12 @@ impl Traces {
             .unwrap_or_default()
             .lines()
         {
-            if let Some(point) = mount.split(' ').nth(1) {
-                if ["husk", "io.containerd.runtime", "containerd/io."]
-                    .iter()
-                    .any(|part| point.contains(part))
-                {
-                    found.insert(format!("mount {point}"));
-                }
+            let point = mount.split(' ').nth(1).unwrap_or_default();
+            if ["husk", "io.containerd.runtime", "containerd/io."]
+                .iter()
+                .any(|part| point.contains(part))
+            {
+                found.insert(format!("mount {point}"));
             }
         }
         for (what, dir) in [

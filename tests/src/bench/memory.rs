@@ -1,0 +1,70 @@
+//! What an idle pod costs the host.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use husk_tests::{ctr, host, runtime::Runtime};
+
+use crate::{Bench, Row, SAMPLES, Table};
+
+/// No mapping of the VMM but the guest's RAM is this large, in KiB.
+const GUEST_RAM_KIB: u64 = 100 * 1024;
+
+/// PSS of shim and VMM without guest RAM, and the guest RAM that the host has backed.
+pub fn idle_pod(bench: &Bench, table: &mut Table) -> Result<()> {
+    let mut host_pss = Row::new("idle_pod_host_pss", "KiB");
+    let mut touched = Row::new("idle_pod_guest_touched", "KiB");
+    for _ in 0..SAMPLES {
+        let id = bench.containerd.fresh_id("idle");
+        let mut command =
+            bench
+                .containerd
+                .run_command(Runtime::Husk, &id, &["--detach"], &["sleep", "1000"]);
+        ctr::output(&mut command)?.ok()?;
+        let shim = host::shim_of(&id).context("the pod has no shim")?;
+        let vmm = host::vmm_of(&shim).context("the pod has no VMM")?;
+        let shim_kib = host::smaps(shim.pid, "Pss").context("reading the shim's memory")?;
+        let text = fs::read_to_string(format!("/proc/{}/smaps", vmm.pid))
+            .context("reading the VMM's memory")?;
+        let (guest, own) = split(&text);
+        #[allow(clippy::cast_precision_loss, reason = "KiB of one process fit")]
+        {
+            host_pss.add(Runtime::Husk, (shim_kib + own) as f64);
+            touched.add(Runtime::Husk, guest as f64);
+        }
+        bench.containerd.remove(&id)?;
+    }
+    table.push(host_pss);
+    table.push(touched);
+    Ok(())
+}
+
+/// Sums the PSS (KiB) of a `/proc/PID/smaps`: guest RAM, and everything else.
+fn split(smaps: &str) -> (u64, u64) {
+    let (mut guest, mut own, mut size) = (0, 0, 0);
+    for line in smaps.lines() {
+        if let Some(kib) = host::field_of(line, "Size") {
+            size = kib;
+        } else if let Some(kib) = host::field_of(line, "Pss") {
+            let sum = if size >= GUEST_RAM_KIB {
+                &mut guest
+            } else {
+                &mut own
+            };
+            *sum += kib;
+        }
+    }
+    (guest, own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_ram_is_told_by_its_size() {
+        let smaps = "1-2 rw-p 0 0 0\nSize:  262144 kB\nRss: 9 kB\nPss:  30000 kB\nPss_Dirty: 5 kB\n\
+                     3-4 r-xp 0 0 0 /x\nSize:  2000 kB\nPss:  1500 kB\n";
+        assert_eq!(split(smaps), (30_000, 1500));
+    }
+}
