@@ -5,6 +5,14 @@
 //! once: the checked queues, the memory and the interrupt. From then on the device works on its own thread until
 //! [`VirtioDevice::reset`] or the end of the VM.
 
+pub mod balloon;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod worker;
+
 use std::sync::Arc;
 
 use virtio_queue::Queue;
@@ -22,7 +30,8 @@ pub trait VirtioDevice: Send {
     /// Largest size of each queue, in descriptors: a power of two up to 32768. Its length is the number of queues.
     fn queue_max_sizes(&self) -> &[u16];
 
-    /// Feature bits offered, without `VIRTIO_F_VERSION_1`, which the transport adds.
+    /// The device's own feature bits. The transport adds `VIRTIO_F_VERSION_1` and what [`queue`] can do
+    /// ([`queue::RING_FEATURES`]).
     fn features(&self) -> u64;
 
     /// Reads device configuration space; what lies past its end reads as zero.
@@ -86,4 +95,15 @@ pub enum ActivateError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// Reads from `config`, a device's configuration space, as [`VirtioDevice::read_config`] does.
+fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..))
+        .unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(rest) {
+        *to = *from;
+    }
 }

@@ -1,0 +1,201 @@
+//! The one shape of a device's thread: an epoll loop over kicks, a stop event and whatever else the device waits for.
+//!
+//! A device gives a [`Handler`]; [`Worker`] runs it on a named thread with a small stack until the worker is dropped. A handler
+//! that fails (a guest broke a queue, the host refused something) ends its thread and marks the device
+//! `DEVICE_NEEDS_RESET`; the VM goes on.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::queue::QueueError;
+use super::{ActivateError, Interrupt};
+
+/// Device threads call neither deep nor recursively; untouched stack costs nothing but address space.
+const STACK_SIZE: usize = 512 * 1024;
+
+/// The stop event's token; handlers count theirs from 0.
+const STOP: u64 = u64::MAX;
+
+/// Events taken from the kernel at once.
+const BATCH: usize = 64;
+
+/// Why a device's thread ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The guest broke the rules of a queue.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The host refused something.
+    #[error("{what}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What a thread waits for.
+pub struct Poll {
+    epoll: Epoll,
+}
+
+impl Poll {
+    /// Waits for `events` on `fd` from now on; they come back with `token`.
+    ///
+    /// # Errors
+    /// As `epoll_ctl(2)`.
+    pub fn add(&self, fd: RawFd, events: EventSet, token: u64) -> io::Result<()> {
+        self.epoll
+            .ctl(ControlOperation::Add, fd, EpollEvent::new(events, token))
+    }
+
+    /// Waits for `events` instead of what was asked before.
+    ///
+    /// # Errors
+    /// As `epoll_ctl(2)`.
+    pub fn modify(&self, fd: RawFd, events: EventSet, token: u64) -> io::Result<()> {
+        self.epoll
+            .ctl(ControlOperation::Modify, fd, EpollEvent::new(events, token))
+    }
+
+    /// Waits for `fd` no more.
+    ///
+    /// # Errors
+    /// As `epoll_ctl(2)`.
+    pub fn remove(&self, fd: RawFd) -> io::Result<()> {
+        self.epoll
+            .ctl(ControlOperation::Delete, fd, EpollEvent::default())
+    }
+}
+
+/// What a device does on its thread.
+pub trait Handler: Send + 'static {
+    /// Says what to wait for; called before the thread starts.
+    ///
+    /// # Errors
+    /// The device is not activated.
+    fn register(&mut self, poll: &Poll) -> io::Result<()>;
+
+    /// Prepares the thread itself; called on it, first.
+    ///
+    /// # Errors
+    /// The thread ends.
+    fn enter(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Something that was waited for has happened.
+    ///
+    /// # Errors
+    /// The thread ends and the device needs a reset.
+    fn ready(&mut self, poll: &Poll, token: u64, events: EventSet) -> Result<(), Fault>;
+
+    /// Called once after all events that had happened together.
+    ///
+    /// # Errors
+    /// The thread ends and the device needs a reset.
+    fn settle(&mut self, _poll: &Poll) -> Result<(), Fault> {
+        Ok(())
+    }
+}
+
+/// The running threads of a device. Dropping it stops them and waits until they have ended.
+pub struct Worker {
+    stop: EventFd,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts one thread for each handler, called `name` (at most 15 bytes are shown).
+    ///
+    /// # Errors
+    /// [`ActivateError::Host`]; no thread is left running then.
+    pub fn spawn<H: Handler>(
+        name: &str,
+        interrupt: &Arc<dyn Interrupt>,
+        handlers: Vec<H>,
+    ) -> Result<Self, ActivateError> {
+        let failed = |source| ActivateError::Host {
+            what: format!("starting the {name} thread"),
+            source,
+        };
+        let mut worker = Self {
+            stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(failed)?,
+            threads: Vec::with_capacity(handlers.len()),
+        };
+        for mut handler in handlers {
+            let poll = Poll {
+                epoll: Epoll::new().map_err(failed)?,
+            };
+            poll.add(worker.stop.as_raw_fd(), EventSet::IN, STOP)
+                .map_err(failed)?;
+            handler.register(&poll).map_err(failed)?;
+            let (device, interrupt) = (name.to_owned(), Arc::clone(interrupt));
+            let thread = std::thread::Builder::new()
+                .name(name.to_owned())
+                .stack_size(STACK_SIZE)
+                .spawn(move || {
+                    if let Err(fault) = run(&mut handler, &poll) {
+                        tracing::error!(
+                            device,
+                            error = &fault as &dyn std::error::Error,
+                            "device stopped"
+                        );
+                        interrupt.signal_failed();
+                    }
+                })
+                .map_err(failed)?;
+            worker.threads.push(thread);
+        }
+        Ok(worker)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // The event is never read, so that each thread sees it. Writing 1 to a fresh eventfd cannot block.
+        let _ = self.stop.write(1);
+        for thread in self.threads.drain(..) {
+            // A panic has been reported by the thread itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(handler: &mut impl Handler, poll: &Poll) -> Result<(), Fault> {
+    handler.enter()?;
+    let mut events = [EpollEvent::default(); BATCH];
+    loop {
+        let count = match poll.epoll.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(source) => {
+                return Err(Fault::Host {
+                    what: "waiting for events",
+                    source,
+                });
+            }
+        };
+        for event in events.iter().take(count) {
+            if event.data() == STOP {
+                return Ok(());
+            }
+            let set = EventSet::from_bits_truncate(event.events());
+            handler.ready(poll, event.data(), set)?;
+        }
+        handler.settle(poll)?;
+    }
+}
+
+/// Takes the signals off an eventfd.
+pub fn drain(event: &EventFd) {
+    // EAGAIN: another thread was faster, or it was spurious.
+    let _ = event.read();
+}
