@@ -6,6 +6,7 @@
 //! [`VirtioDevice::reset`] or the end of the VM.
 
 pub mod balloon;
+pub mod fs;
 pub mod mmio;
 pub mod queue;
 pub mod rng;

@@ -1,0 +1,189 @@
+//! The threads that answer FUSE requests.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::passthrough::PassthroughFs;
+use virtiofsd::server::Server;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::memory::{Alias, PrivateTable};
+use crate::virtio::queue::{Chain, DeviceQueue};
+use crate::virtio::worker::{Fault, Handler, Poll, drain};
+use crate::virtio::{ActivateError, Activation};
+
+/// Threads of one device. An idle one costs about 20 KiB; more than a few requests at once only wait for the same disk.
+const THREADS: usize = 4;
+
+/// Largest request: `max_write` of 1 MiB (virtiofsd's choice), headers, and room for a reply as large.
+const MAX_BYTES: u32 = 4 << 20;
+
+/// What the threads share.
+pub struct Shared {
+    server: Server<PassthroughFs>,
+    memory: GuestMemoryMmap,
+    alias: Alias,
+    queues: Vec<FsQueue>,
+}
+
+struct FsQueue {
+    queue: Mutex<DeviceQueue>,
+    kick: EventFd,
+}
+
+impl FsQueue {
+    fn lock(&self) -> MutexGuard<'_, DeviceQueue> {
+        // Whoever panicked while holding it has left the indices consistent: they are written one by one.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shared {
+    /// Takes over the queues of an activation.
+    ///
+    /// # Errors
+    /// [`ActivateError`] when one is missing or the host refuses.
+    pub fn new(
+        server: Server<PassthroughFs>,
+        activation: Activation,
+    ) -> Result<Self, ActivateError> {
+        let host = |source| ActivateError::Host {
+            what: "taking over the file server's queues".to_owned(),
+            source,
+        };
+        let memory = GuestMemoryMmap::clone(&activation.memory.memory());
+        let mut queues = Vec::new();
+        for (queue, index) in activation.queues.into_iter().zip(0u16..) {
+            let queue = queue.ok_or(ActivateError::MissingQueue(index))?;
+            let kick = queue.kick.try_clone().map_err(host)?;
+            let interrupt = Arc::clone(&activation.interrupt);
+            let queue = Mutex::new(DeviceQueue::new(queue, index, MAX_BYTES, interrupt));
+            queues.push(FsQueue { queue, kick });
+        }
+        let alias = Alias::new(&memory).map_err(host)?;
+        Ok(Self {
+            server,
+            memory,
+            alias,
+            queues,
+        })
+    }
+
+    /// Answers one request; the number of bytes written to its writable part.
+    fn answer(&self, table: &mut PrivateTable, chain: &Chain<'_>) -> Result<u32, AnswerError> {
+        let chain = table.rewrite(chain)?;
+        let view = self.alias.view();
+        let reader = Reader::new(view, chain.clone())?;
+        let writer = Writer::new(view, chain)?;
+        let written = self
+            .server
+            .handle_message(reader, writer, None::<&mut ()>)?;
+        // Cannot be more than the chain's length, which is a u32.
+        Ok(u32::try_from(written).unwrap_or(u32::MAX))
+    }
+}
+
+/// Why a request has no answer.
+#[derive(Debug, thiserror::Error)]
+enum AnswerError {
+    #[error("preparing a request's buffers")]
+    Table(#[from] io::Error),
+    #[error("reading a request's buffers")]
+    Buffers(#[from] virtiofsd::descriptor_utils::Error),
+    #[error("the guest sent a request that is no FUSE message")]
+    Message(#[from] virtiofsd::Error),
+}
+
+/// The threads of a device.
+///
+/// # Errors
+/// When a thread's private table cannot be mapped.
+pub fn threads(shared: &Arc<Shared>) -> io::Result<Vec<FsThread>> {
+    (0..THREADS)
+        .map(|_| {
+            Ok(FsThread {
+                shared: Arc::clone(shared),
+                table: PrivateTable::new()?,
+            })
+        })
+        .collect()
+}
+
+/// One thread.
+pub struct FsThread {
+    shared: Arc<Shared>,
+    table: PrivateTable,
+}
+
+impl Handler for FsThread {
+    fn register(&mut self, poll: &Poll) -> io::Result<()> {
+        for (queue, token) in self.shared.queues.iter().zip(0u64..) {
+            // Every thread waits for every queue; a kick wakes one that is idle.
+            let events = EventSet::IN | EventSet::EXCLUSIVE;
+            poll.add(queue.kick.as_raw_fd(), events, token)?;
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self) -> Result<(), Fault> {
+        // virtiofsd changes directory around xattr calls and the umask around creations: each thread needs its own.
+        own_directory_and_umask().map_err(|source| Fault::Host {
+            what: "giving a file server thread its own working directory",
+            source,
+        })
+    }
+
+    fn ready(&mut self, _poll: &Poll, token: u64, _events: EventSet) -> Result<(), Fault> {
+        let shared = Arc::clone(&self.shared);
+        let Some(fs_queue) = usize::try_from(token)
+            .ok()
+            .and_then(|index| shared.queues.get(index))
+        else {
+            return Ok(());
+        };
+        let memory = &shared.memory;
+        drain(&fs_queue.kick);
+        let mut queue = fs_queue.lock();
+        loop {
+            let Some(chain) = queue.pop(memory)? else {
+                if queue.rearm(memory)? {
+                    continue;
+                }
+                return Ok(());
+            };
+            // The next request must not wait for this one.
+            let more = queue.rearm(memory)?;
+            drop(queue);
+            if more {
+                // EAGAIN: kicked more than enough.
+                let _ = fs_queue.kick.write(1);
+            }
+            let written = shared
+                .answer(&mut self.table, &chain)
+                .unwrap_or_else(|error| {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "request dropped");
+                    0
+                });
+            queue = fs_queue.lock();
+            queue.push_used(memory, chain.head, written)?;
+            queue.notify(memory)?;
+        }
+    }
+}
+
+#[allow(unsafe_code, reason = "unshare(2) and umask(2)")]
+fn own_directory_and_umask() -> io::Result<()> {
+    // SAFETY: neither call touches memory.
+    unsafe {
+        if libc::unshare(libc::CLONE_FS) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // The guest's kernel has applied its process's umask already.
+        libc::umask(0);
+    }
+    Ok(())
+}
