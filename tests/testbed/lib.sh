@@ -148,12 +148,45 @@ boot_machine() {
     echo "$!" >"$state/pid"
 }
 
-# stop_machine STATE: nothing in there is worth a shutdown.
+# stop_machine STATE: nothing in there is worth a shutdown. `up` puts a machine into a process
+# group of its own, `run` does not.
 stop_machine() {
+    local pid
     machine_alive "$1" || return 0
-    kill -KILL "$(<"$1/pid")" 2>/dev/null || true
-    wait "$(<"$1/pid")" 2>/dev/null || true
+    pid=$(<"$1/pid")
+    kill -KILL -- "-$pid" 2>/dev/null || kill -KILL "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
 }
+
+# named_state NAME: where `up` keeps a machine's state.
+named_state() {
+    [[ $1 =~ ^[A-Za-z0-9._-]+$ ]] || die "a machine's name has letters, digits, dots and dashes, not '$1'"
+    printf '%s/husk-testbed-up-%s-%s\n' "${TMPDIR:-/tmp}" "$(id -u)" "$1"
+}
+
+# machine_names: the machines that `up` started, one a line.
+machine_names() {
+    local state prefix
+    prefix=${TMPDIR:-/tmp}/husk-testbed-up-$(id -u)-
+    for state in "$prefix"*; do
+        [[ -d $state ]] && printf '%s\n' "${state#"$prefix"}"
+    done
+    return 0
+}
+
+# only_machine: the name of the one machine that is up.
+only_machine() {
+    local names
+    mapfile -t names < <(machine_names)
+    case ${#names[@]} in
+        0) die "no machine is up; start one with tests/testbed/up" ;;
+        1) printf '%s\n' "${names[0]}" ;;
+        *) die "several machines are up (${names[*]}); say which with --name, or in HUSK_TESTBED" ;;
+    esac
+}
+
+# kill_job STATE JOB: the command and what it started in its session.
+kill_job() { echo "kill $2" >"$1/jobs.in"; }
 
 # elapsed SINCE: seconds since an $EPOCHREALTIME, with one decimal.
 elapsed() { awk -v a="$1" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }'; }
@@ -181,8 +214,8 @@ submit() {
         if (($# == 1)); then printf '%s\n' "$1"; else printf '%q ' exec "$@"; fi
     } >"$job/cmd"
     : >"$job/out"
-    basename "$job" >"$state/jobs.in"
-    basename "$job"
+    echo "run ${job##*/}" >"$state/jobs.in"
+    echo "${job##*/}"
 }
 
 # machine_alive STATE
@@ -190,6 +223,17 @@ machine_alive() { [[ -s $1/pid ]] && kill -0 "$(<"$1/pid")" 2>/dev/null; }
 
 # pause_for SECONDS: sleep without a process (fd 9 is a FIFO that nobody writes to).
 pause_for() { read -rt "$1" -u 9 || true; }
+
+# await_ready STATE: true once the machine takes jobs; false when it died or did not in 3 minutes.
+await_ready() {
+    local deadline=$((SECONDS + 180))
+    exec 9<>"$1/jobs.out"
+    until [[ -e $1/ctl/ready ]]; do
+        machine_alive "$1" || return 1
+        ((SECONDS < deadline)) || return 1
+        pause_for 0.05
+    done
+}
 
 # follow STATE JOB DEADLINE: stream the job's output to stdout until it ends; sets JOB_STATUS to
 # its exit code, or to `timeout` or `died`. DEADLINE is in SECONDS' terms.
