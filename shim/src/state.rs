@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,7 +16,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
-use std::os::fd::AsFd as _;
+
+use crate::cleanup;
 
 /// The state file's name.
 const STATE_FILE: &str = "state.json";
@@ -58,7 +59,9 @@ pub struct PodDir {
 
 /// Exclusive hold of a namespace's directory while pods are made or cleared away.
 #[derive(Debug)]
-pub struct NamespaceLock(#[expect(dead_code, reason = "held for its drop")] Flock<fs::File>);
+pub struct NamespaceLock {
+    _lock: Flock<fs::File>,
+}
 
 /// An id that cannot be a directory name.
 #[derive(Debug, thiserror::Error)]
@@ -186,7 +189,7 @@ impl PodDir {
     pub fn link_bundle(&self, bundle: &Path) -> io::Result<()> {
         let link = bundle.join(BUNDLE_LINK);
         match fs::remove_file(&link) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => std::os::unix::fs::symlink(&self.path, link),
         }
     }
@@ -253,7 +256,9 @@ impl PodDir {
             };
             match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
                 // The last pod's removal takes the directory with it: then ours is a new one.
-                Ok(lock) if self.is_namespace_dir(&lock) => return Ok(NamespaceLock(lock)),
+                Ok(lock) if self.is_namespace_dir(&lock) => {
+                    return Ok(NamespaceLock { _lock: lock });
+                }
                 Ok(_) => {}
                 Err((_, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(2));
@@ -300,6 +305,21 @@ impl PodDir {
             .open(&new)?;
         io::Write::write_all(&mut file, &text)?;
         fs::rename(new, self.path.join(STATE_FILE))
+    }
+
+    /// Removes the directory, and the namespace's with its last pod. Mounts below must be gone.
+    ///
+    /// # Errors
+    /// When something stays.
+    pub fn remove(&self) -> io::Result<()> {
+        cleanup::remove_tree(&self.path)?;
+        // Not empty while other pods live.
+        if fs::remove_dir(&self.namespace_dir).is_ok()
+            && let Some(root) = self.namespace_dir.parent()
+        {
+            let _ = fs::remove_dir(root);
+        }
+        Ok(())
     }
 
     /// Changes the state under the pod's own lock (short: file operations only).

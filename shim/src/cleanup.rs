@@ -1,0 +1,197 @@
+//! Clearing away: mounts, directories, cgroups. Everything here may be called twice, and for things half made.
+//!
+//! What is mounted below a pod's share may be a user's volume. A recursive delete that walked into one would destroy it, so the walk
+//! opens each directory with `RESOLVE_NO_XDEV`: the kernel refuses to cross a mount, also a bind mount of the same
+//! file system.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, openat2, unlinkat};
+use rustix::io::Errno;
+
+/// Deeper than any tree of ours; bounds the recursion.
+const MAX_DEPTH: usize = 64;
+
+/// Unmounts everything mounted at `root` or below it in this mount namespace, last mounted first. Returns how many mounts went.
+///
+/// # Errors
+/// The first mount that does not go; the others are tried all the same.
+pub fn unmount_below(root: &Path) -> io::Result<usize> {
+    let table = fs::read("/proc/self/mountinfo")?;
+    let mut gone = 0;
+    let mut failed = Ok(());
+    for point in mount_points(&table)
+        .into_iter()
+        .rev()
+        .filter(|p| p.starts_with(root))
+    {
+        match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => gone += 1,
+            // Went with the one on top of it.
+            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+            Err(e) if failed.is_ok() => {
+                failed = Err(io::Error::new(
+                    io::Error::from(e).kind(),
+                    format!("cannot unmount {}: {e}", point.display()),
+                ));
+            }
+            Err(_) => {}
+        }
+    }
+    failed.map(|()| gone)
+}
+
+/// The mount points of a mountinfo table (proc(5)), in the order they were mounted.
+fn mount_points(table: &[u8]) -> Vec<PathBuf> {
+    let field = |line: &[u8]| line.split(|&b| b == b' ').nth(4).map(unescape);
+    table
+        .split(|&b| b == b'\n')
+        .filter_map(field)
+        .map(|p| PathBuf::from(OsString::from_vec(p)))
+        .collect()
+}
+
+/// mountinfo writes space, tab, newline and backslash as `\` and three octal digits.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = after;
+        match (byte, after) {
+            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', tail @ ..]) => {
+                out.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
+                rest = tail;
+            }
+            _ => out.push(byte),
+        }
+    }
+    out
+}
+
+/// Removes a directory and what is in it, without following a link or crossing a mount. Absent is fine.
+///
+/// # Errors
+/// When something stays; where a mount is in the way, the error is `EXDEV` or `EBUSY`.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    let dir = match open_dir(CWD, path.as_os_str().as_bytes(), ResolveFlags::NO_SYMLINKS) {
+        Ok(dir) => dir,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(e) => return Err(about(path, e)),
+    };
+    empty_dir(dir.as_fd(), 0).map_err(|e| about(path, e))?;
+    match unlinkat(CWD, path, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(e) => Err(about(path, e)),
+    }
+}
+
+fn about(path: &Path, e: Errno) -> io::Error {
+    let why = match e {
+        Errno::XDEV | Errno::BUSY => " (something is still mounted there)",
+        _ => "",
+    };
+    io::Error::new(
+        io::Error::from(e).kind(),
+        format!("cannot remove {}: {e}{why}", path.display()),
+    )
+}
+
+fn open_dir(at: BorrowedFd<'_>, name: &[u8], resolve: ResolveFlags) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat2(at, name, flags, Mode::empty(), resolve)
+}
+
+fn empty_dir(dir: BorrowedFd<'_>, depth: usize) -> Result<(), Errno> {
+    if depth >= MAX_DEPTH {
+        return Err(Errno::LOOP);
+    }
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name == b"." || name == b".." {
+            continue;
+        }
+        let is_dir = match entry.file_type() {
+            FileType::Directory => true,
+            FileType::Unknown => open_dir(dir, name, ResolveFlags::NO_XDEV).is_ok(),
+            _ => false,
+        };
+        let removed = if is_dir {
+            let below = open_dir(
+                dir,
+                name,
+                ResolveFlags::NO_XDEV | ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
+            )?;
+            empty_dir(below.as_fd(), depth + 1)?;
+            unlinkat(dir, name, AtFlags::REMOVEDIR)
+        } else {
+            unlinkat(dir, name, AtFlags::empty())
+        };
+        match removed {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Kills what is in a cgroup (v2) and removes it with those below, trying for `limit`. Absent is fine.
+///
+/// # Errors
+/// When it is still there at the end.
+pub fn remove_cgroup(path: &Path, limit: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + limit;
+    // Fails where the kernel is older than 5.14; then the processes were killed by name before.
+    let _ = fs::write(path.join("cgroup.kill"), "1");
+    loop {
+        match remove_cgroup_tree(path, 0) {
+            Ok(()) => return Ok(()),
+            Err(e) if Instant::now() >= deadline => {
+                return Err(io::Error::new(
+                    e.kind(),
+                    format!("cannot remove the cgroup {}: {e}", path.display()),
+                ));
+            }
+            // The kernel lets a cgroup go a moment after its last process.
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+fn remove_cgroup_tree(path: &Path, depth: usize) -> io::Result<()> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for entry in entries.filter_map(Result::ok) {
+        if depth < MAX_DEPTH && entry.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_cgroup_tree(&entry.path(), depth + 1)?;
+        }
+    }
+    match fs::remove_dir(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a file; absent is fine.
+///
+/// # Errors
+/// Whatever else the file system says, with the path.
+pub fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io::Error::new(
+            e.kind(),
+            format!("cannot remove {}: {e}", path.display()),
+        )),
+        _ => Ok(()),
+    }
+}
