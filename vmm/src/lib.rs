@@ -4,4 +4,31 @@
 //! transport and one module a device, `control` is the shim's channel. A guest is hostile: whatever it supplies
 //! is bounded before it is used, and the types say whether a value has been checked.
 
+pub mod boot;
+pub mod bus;
+pub mod clock;
+pub mod control;
+pub mod cpuid;
+pub mod devices;
+pub mod ending;
+pub mod gate;
+pub mod kvm;
+pub mod layout;
+pub mod memory;
+pub mod parts;
+pub mod vcpu;
 pub mod virtio;
+pub mod vm;
+
+/// An error and its causes as one sentence for a person: `cannot do this: because of that`.
+#[must_use]
+pub fn sentence(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

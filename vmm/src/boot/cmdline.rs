@@ -1,0 +1,73 @@
+//! The guest kernel's command line.
+
+use crate::layout::CMDLINE_MAX;
+
+/// Always there.
+///
+/// * `reboot=t`, `panic=-1`: a panic ends the VM at once.
+/// * `random.trust_cpu=on`: RDRAND seeds the pool, nothing waits for entropy at boot.
+/// * `tsc=reliable`, `no_timer_check`: the hypervisor's clock needs no second clock to watch it.
+const BASE: &str = "panic=-1 random.trust_cpu=on tsc=reliable no_timer_check";
+/// Only emergencies reach the console: every character is an exit.
+const QUIET: &str = "console=ttyS0 quiet loglevel=1";
+/// The whole boot on the console.
+const DEBUG: &str = "console=ttyS0 earlyprintk=serial,ttyS0,115200 ignore_loglevel";
+
+/// Why a command line was refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CmdlineError {
+    /// Longer than the kernel reads.
+    #[error(
+        "the kernel command line is {0} bytes long, the kernel reads at most {most}: shorten kernel_params",
+        most = CMDLINE_MAX - 1
+    )]
+    TooLong(usize),
+    /// A NUL would cut it short.
+    #[error("kernel_params contains a NUL byte")]
+    Nul,
+}
+
+/// The command line: ours, then the user's `extra`, which wins where both set something.
+#[must_use]
+pub fn compose(extra: &str, debug_console: bool) -> String {
+    let console = if debug_console { DEBUG } else { QUIET };
+    let extra = extra.trim();
+    let space = if extra.is_empty() { "" } else { " " };
+    format!("{BASE} {console}{space}{extra}")
+}
+
+/// The bytes for guest memory.
+///
+/// # Errors
+/// Too long, or with a NUL inside.
+pub fn terminated(cmdline: &str) -> Result<Vec<u8>, CmdlineError> {
+    if cmdline.len() >= CMDLINE_MAX {
+        return Err(CmdlineError::TooLong(cmdline.len()));
+    }
+    if cmdline.contains('\0') {
+        return Err(CmdlineError::Nul);
+    }
+    Ok([cmdline.as_bytes(), &[0]].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_users_parameters_come_last() {
+        assert!(compose(" loglevel=7\n", false).ends_with("quiet loglevel=1 loglevel=7"));
+        assert!(compose("", true).ends_with("ignore_loglevel"));
+        assert!(!compose("", true).contains("quiet"));
+    }
+
+    #[test]
+    fn the_kernels_bound_holds() {
+        assert_eq!(terminated(&"x".repeat(2047)).unwrap().len(), CMDLINE_MAX);
+        assert_eq!(
+            terminated(&"x".repeat(2048)),
+            Err(CmdlineError::TooLong(2048))
+        );
+        assert_eq!(terminated("a\0b"), Err(CmdlineError::Nul));
+    }
+}

@@ -1,0 +1,334 @@
+//! The shim's channel: one VM's life as a conversation.
+//!
+//! The first request launches the VM, the others steer it, and the loop ends with the VM, the shim, or a stop. It waits for a
+//! request or for the VM's end, and nothing is ever polled. Whatever ends the loop ends the process.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+
+use husk_protocol::vm::{
+    Answer, Call, Event, FromVmm, MAX_PACKET, Reply, Request, VmConfig, VmExit,
+};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv, send};
+
+use crate::parts::{Inherited, Parts};
+use crate::sentence;
+use crate::vm::Vm;
+
+/// Why the conversation broke off.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Reading failed.
+    #[error("cannot read from the control channel")]
+    Receive(#[source] io::Error),
+    /// Writing failed.
+    #[error("cannot write to the control channel")]
+    Send(#[source] io::Error),
+    /// Waiting failed.
+    #[error("cannot wait for the control channel")]
+    Wait(#[source] io::Error),
+    /// Not a request.
+    #[error("the shim sent something that is not a request")]
+    Malformed(#[source] serde_json::Error),
+    /// Longer than a packet may be.
+    #[error("the shim sent a packet longer than {MAX_PACKET} bytes")]
+    TooLong,
+    /// A message of ours could not be written as JSON.
+    #[error("cannot encode a message")]
+    Encode(#[source] serde_json::Error),
+    /// The VM did not start; the shim has been told.
+    #[error("the VM was not started: {0}")]
+    Launch(String),
+}
+
+/// One end of the `SOCK_SEQPACKET` channel.
+#[derive(Debug)]
+pub struct Channel(OwnedFd);
+
+impl Channel {
+    /// Speaks through `socket`.
+    #[must_use]
+    pub fn new(socket: OwnedFd) -> Self {
+        Self(socket)
+    }
+
+    /// The next request; `None` when the shim has closed its end.
+    fn receive(&self) -> Result<Option<Request>, ControlError> {
+        // One more than allowed, so that a longer packet is seen to be longer.
+        let mut packet = vec![0; MAX_PACKET + 1];
+        let len = loop {
+            match recv(self.0.as_raw_fd(), &mut packet, MsgFlags::empty()) {
+                Err(Errno::EINTR) => {}
+                Err(Errno::ECONNRESET) => return Ok(None),
+                result => break result.map_err(|e| ControlError::Receive(e.into()))?,
+            }
+        };
+        match packet.get(..len) {
+            Some([]) => Ok(None),
+            Some(packet) if len <= MAX_PACKET => serde_json::from_slice(packet)
+                .map(Some)
+                .map_err(ControlError::Malformed),
+            _ => Err(ControlError::TooLong),
+        }
+    }
+
+    /// Sends a message; a shim that has gone is not an error here, the next [`Self::receive`] will tell.
+    fn send(&self, message: &FromVmm) -> Result<(), ControlError> {
+        let packet = serde_json::to_vec(message).map_err(ControlError::Encode)?;
+        loop {
+            match send(self.0.as_raw_fd(), &packet, MsgFlags::MSG_NOSIGNAL) {
+                Err(Errno::EINTR) => {}
+                Err(Errno::EPIPE | Errno::ECONNRESET) => return Ok(()),
+                result => return result.map(drop).map_err(|e| ControlError::Send(e.into())),
+            }
+        }
+    }
+
+    fn reply(&self, id: u64, result: Result<Answer, String>) -> Result<(), ControlError> {
+        // Half a packet leaves room for JSON's escapes.
+        let result = result.map_err(|mut text| {
+            let end = text.floor_char_boundary(MAX_PACKET / 4);
+            text.truncate(end);
+            text
+        });
+        self.send(&FromVmm::Reply(Reply { id, result }))
+    }
+
+    fn exited(&self, exit: VmExit) -> Result<(), ControlError> {
+        self.send(&FromVmm::Event(Event::Exited(exit)))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Serves one VM from its launch to its end. `started` is when the process began.
+///
+/// # Errors
+/// The channel broke, or the VM could not be launched (of which the shim has been told).
+pub fn serve(channel: &Channel, mut fds: Inherited, started: u64) -> Result<(), ControlError> {
+    let Some(mut vm) = launch(channel, &mut fds, started)? else {
+        tracing::info!("the shim went before it asked for a VM");
+        return Ok(());
+    };
+    let exit = converse(channel, &mut vm);
+    // A broken channel ends the VM like a closed one.
+    let (exit, result) = match exit {
+        Ok(exit) => (exit, Ok(())),
+        Err(error) => (VmExit::Stopped, Err(error)),
+    };
+    vm.stop();
+    tracing::info!(exit = ?exit, "the VM is over");
+    channel.exited(exit)?;
+    result
+}
+
+/// Answers requests until one launches a VM.
+fn launch(
+    channel: &Channel,
+    fds: &mut Inherited,
+    started: u64,
+) -> Result<Option<Vm>, ControlError> {
+    loop {
+        let Some(Request { id, call }) = channel.receive()? else {
+            return Ok(None);
+        };
+        let Call::Launch(config) = call else {
+            channel.reply(id, Err("no VM has been launched yet".into()))?;
+            continue;
+        };
+        match build(*config, fds, started) {
+            Ok(vm) => {
+                channel.reply(id, Ok(Answer::Launched(vm.launch_times())))?;
+                return Ok(Some(vm));
+            }
+            Err(text) => {
+                channel.reply(id, Err(text.clone()))?;
+                return Err(ControlError::Launch(text));
+            }
+        }
+    }
+}
+
+fn build(config: VmConfig, fds: &mut Inherited, started: u64) -> Result<Vm, String> {
+    let parts = Parts::inherit(config, fds).map_err(|e| sentence(&e))?;
+    Vm::launch(parts, started).map_err(|e| sentence(&e))
+}
+
+/// Answers requests until the VM ends, is stopped, or the shim goes; says how it ended.
+fn converse(channel: &Channel, vm: &mut Vm) -> Result<VmExit, ControlError> {
+    loop {
+        match wait(channel.as_fd(), vm.ended())? {
+            Ready::End => return Ok(vm.exit()),
+            Ready::Request => match channel.receive()? {
+                None => return Ok(VmExit::Stopped),
+                Some(Request { id, call }) => {
+                    let stop = matches!(call, Call::Stop);
+                    channel.reply(id, answer(vm, call))?;
+                    if stop {
+                        return Ok(VmExit::Stopped);
+                    }
+                }
+            },
+        }
+    }
+}
+
+fn answer(vm: &mut Vm, call: Call) -> Result<Answer, String> {
+    match call {
+        Call::Launch(_) => return Err("the VM has been launched already".into()),
+        Call::Pause => vm.pause(),
+        Call::Resume => vm.resume(),
+        Call::SetBalloon { target_mib } => vm.set_balloon(target_mib).map_err(|e| sentence(&e))?,
+        Call::Info => return vm.info().map(Answer::Info).map_err(|e| sentence(&e)),
+        Call::Stop => vm.stop(),
+    }
+    Ok(Answer::Done)
+}
+
+enum Ready {
+    /// The VM has ended. Looked at first: what the shim asks now comes too late.
+    End,
+    /// A request, or the end of the channel.
+    Request,
+}
+
+fn wait(channel: BorrowedFd<'_>, ended: BorrowedFd<'_>) -> Result<Ready, ControlError> {
+    let mut fds = [
+        PollFd::new(ended, PollFlags::POLLIN),
+        PollFd::new(channel, PollFlags::POLLIN),
+    ];
+    loop {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(ControlError::Wait(error.into())),
+            Ok(_) if fds.first().is_some_and(|fd| fd.any().unwrap_or(true)) => {
+                return Ok(Ready::End);
+            }
+            Ok(_) => return Ok(Ready::Request),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_protocol::vm::FromVmm;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (Channel, OwnedFd) {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        (Channel::new(ours), theirs)
+    }
+
+    fn say(shim: &OwnedFd, packet: &[u8]) {
+        send(shim.as_raw_fd(), packet, MsgFlags::empty()).unwrap();
+    }
+
+    fn hear(shim: &OwnedFd) -> FromVmm {
+        let mut packet = vec![0; MAX_PACKET];
+        let len = recv(shim.as_raw_fd(), &mut packet, MsgFlags::empty()).unwrap();
+        serde_json::from_slice(&packet[..len]).unwrap()
+    }
+
+    fn error_text(message: FromVmm) -> (u64, String) {
+        match message {
+            FromVmm::Reply(Reply {
+                id,
+                result: Err(text),
+            }) => (id, text),
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_shim_that_goes_ends_the_process_in_order() {
+        let (channel, shim) = pair();
+        drop(shim);
+        serve(&channel, Inherited::default(), 0).unwrap();
+    }
+
+    #[test]
+    fn nothing_comes_before_the_launch() {
+        let (channel, shim) = pair();
+        say(&shim, br#"{"id":7,"call":"pause"}"#);
+        say(&shim, br#"{"id":8,"call":"info"}"#);
+        nix::sys::socket::shutdown(shim.as_raw_fd(), nix::sys::socket::Shutdown::Write).unwrap();
+        serve(&channel, Inherited::default(), 0).unwrap();
+        for id in [7, 8] {
+            assert_eq!(
+                error_text(hear(&shim)),
+                (id, "no VM has been launched yet".into())
+            );
+        }
+    }
+
+    #[test]
+    fn a_bad_configuration_is_answered_with_its_reason() {
+        let (channel, shim) = pair();
+        let config = VmConfig {
+            version: husk_protocol::vm::VERSION,
+            id: "pod".into(),
+            vcpus: 1,
+            memory_mib: 64,
+            kvm_fd: 1_000_000,
+            kernel_fd: 1_000_001,
+            initramfs_fd: 1_000_002,
+            kernel_params: String::new(),
+            vsock_fd: 1_000_003,
+            shares: Vec::new(),
+            console_fd: None,
+            debug_console: false,
+        };
+        let call = Call::Launch(Box::new(config));
+        say(
+            &shim,
+            &serde_json::to_vec(&Request { id: 1, call }).unwrap(),
+        );
+        assert!(matches!(
+            serve(&channel, Inherited::default(), 0),
+            Err(ControlError::Launch(_))
+        ));
+        let (id, text) = error_text(hear(&shim));
+        assert_eq!(id, 1);
+        assert!(
+            text.contains("kvm_fd is fd 1000000, which is not open"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn noise_on_the_channel_is_an_error() {
+        for noise in [
+            &b"hello"[..],
+            br#"{"id":1,"call":"dance"}"#,
+            &[b' '; MAX_PACKET + 1],
+        ] {
+            let (channel, shim) = pair();
+            say(&shim, noise);
+            assert!(matches!(
+                serve(&channel, Inherited::default(), 0),
+                Err(ControlError::Malformed(_) | ControlError::TooLong)
+            ));
+        }
+    }
+
+    #[test]
+    fn an_endless_error_still_fits_a_packet() {
+        let (channel, shim) = pair();
+        channel.reply(3, Err("\"ä".repeat(MAX_PACKET))).unwrap();
+        assert_eq!(error_text(hear(&shim)).0, 3);
+    }
+}

@@ -1,0 +1,313 @@
+//! One virtual machine, from its parts to its end.
+//!
+//! [`Vm::launch`] is the recipe: read it from top to bottom. It either returns a running VM or leaves nothing behind, since
+//! every step's result is owned by the next.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use husk_protocol::vm::{LaunchTimes, VmExit, VmInfo};
+use vm_memory::{GuestAddressSpace as _, GuestMemoryMmap};
+
+use crate::boot::{self, BootError, cmdline};
+use crate::bus::{Bus, BusDevice, BusError};
+use crate::clock;
+use crate::devices::console::Console;
+use crate::devices::power::{ResetRegister, SleepRegisters};
+use crate::devices::serial::SerialPort;
+use crate::ending::{Cause, Ending};
+use crate::kvm::{Host, KvmError, Machine};
+use crate::layout;
+use crate::memory::{self, MemoryError};
+use crate::parts::{Parts, Share};
+use crate::vcpu::{Shared, VcpuError, Vcpus};
+use crate::virtio::balloon::{Balloon, BalloonHandle};
+use crate::virtio::mmio::{self, MmioTransport, NewTransportError};
+use crate::virtio::rng::Rng;
+use crate::virtio::{GuestMemory, VirtioDevice};
+
+/// Bytes of a balloon page (virtio 1.2, 5.5.6), whatever the guest's page size.
+const BALLOON_PAGE: u64 = 4096;
+/// Balloon pages of one MiB.
+const BALLOON_PAGES_PER_MIB: u64 = (1 << 20) / BALLOON_PAGE;
+/// How long the end of a VM waits for the reader of its console.
+const CONSOLE_DRAIN: Duration = Duration::from_millis(200);
+
+/// Why a VM did not start, or could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initramfs, tables.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A virtio device.
+    #[error("cannot make the {what} device")]
+    Device {
+        /// Which.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The transport of a virtio device.
+    #[error(transparent)]
+    Transport(#[from] NewTransportError),
+    /// Address map.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// vCPU threads.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A host resource was refused.
+    #[error("cannot {what}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// Larger than the guest.
+    #[error("a balloon of {asked} MiB asked for in a VM of {most} MiB")]
+    Balloon {
+        /// MiB asked for.
+        asked: u64,
+        /// MiB of guest RAM.
+        most: u64,
+    },
+}
+
+/// A running VM. Dropping it stops it.
+pub struct Vm {
+    // The order is the order of dropping: vCPUs before the memory that they run in.
+    vcpus: Vcpus,
+    balloon: BalloonHandle,
+    console: Console,
+    ending: Arc<Ending>,
+    memory: GuestMemory,
+    times: LaunchTimes,
+    /// Keeps interrupt lines and notifications connected.
+    _machine: Machine,
+}
+
+impl Vm {
+    /// Builds a VM from `parts` and lets it run. `process_started` is for the account of where the time went.
+    ///
+    /// # Errors
+    /// The first step that failed, in words for the user.
+    pub fn launch(mut parts: Parts, process_started: u64) -> Result<Self, VmError> {
+        let _span = tracing::info_span!("launch", id = %parts.id).entered();
+
+        // The machine: memory, interrupt controllers, vCPUs as after a reset.
+        let ram = memory::allocate(parts.memory_mib)?;
+        let machine = Host::open(parts.kvm)?.create_vm(parts.vcpus, &ram)?;
+        let vcpus = (0..parts.vcpus)
+            .map(|index| machine.create_vcpu(index))
+            .collect::<Result<Vec<_>, _>>()?;
+
+        // Its devices.
+        let ending = Arc::new(Ending::new().map_err(host("make an eventfd"))?);
+        let console = Console::new(parts.console).map_err(host("start the console's thread"))?;
+        let ports = ports(&machine, &console, &ending)?;
+        let memory = GuestMemory::new(ram);
+        let (balloon, balloon_handle) = Balloon::new(&memory);
+        let devices = virtio_devices(parts.vsock, parts.shares, balloon)?;
+        let virtio_devices = devices.len();
+        let mmio = mmio_bus(&machine, devices, &memory)?;
+
+        // What it boots.
+        let entry = boot::load(
+            &memory.memory(),
+            boot::Source {
+                kernel: &mut parts.kernel,
+                initramfs: &mut parts.initramfs,
+                cmdline: &cmdline::compose(&parts.kernel_params, parts.debug_console),
+                vcpus: parts.vcpus,
+                virtio_devices,
+            },
+        )?;
+        let vm_built = clock::monotonic();
+
+        // Off it goes.
+        let shared = Shared::new(ports, mmio, Arc::clone(&ending), parts.vcpus);
+        let vcpus = Vcpus::start(vcpus, entry, shared)?;
+        let times = LaunchTimes {
+            process_started,
+            vm_built,
+            vcpus_running: vcpus.entered(),
+        };
+        tracing::info!(
+            vcpus = parts.vcpus,
+            memory_mib = parts.memory_mib,
+            build_us = times.vm_built.saturating_sub(process_started) / 1000,
+            enter_us = times.vcpus_running.saturating_sub(vm_built) / 1000,
+            "the guest runs"
+        );
+        Ok(Self {
+            vcpus,
+            balloon: balloon_handle,
+            console,
+            ending,
+            memory,
+            times,
+            _machine: machine,
+        })
+    }
+
+    /// When the launch reached each step.
+    #[must_use]
+    pub fn launch_times(&self) -> LaunchTimes {
+        self.times
+    }
+
+    /// Readable once the VM has ended by itself.
+    #[must_use]
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ending.event()
+    }
+
+    /// Holds every vCPU; returns when none runs.
+    pub fn pause(&mut self) {
+        self.vcpus.pause();
+    }
+
+    /// Lets the vCPUs run on.
+    pub fn resume(&mut self) {
+        self.vcpus.resume();
+    }
+
+    /// Ends the vCPUs for good; returns when none runs.
+    pub fn stop(&mut self) {
+        self.vcpus.stop();
+        self.console.drain(CONSOLE_DRAIN);
+    }
+
+    /// Takes `target_mib` of the guest's memory into the balloon, as the guest gives it.
+    ///
+    /// # Errors
+    /// More than the guest has.
+    pub fn set_balloon(&mut self, target_mib: u64) -> Result<(), VmError> {
+        let most = memory::total_bytes(&self.ram()) >> 20;
+        let too_much = VmError::Balloon {
+            asked: target_mib,
+            most,
+        };
+        if target_mib > most {
+            return Err(too_much);
+        }
+        let pages = u32::try_from(target_mib * BALLOON_PAGES_PER_MIB).map_err(|_| too_much)?;
+        self.balloon.set_target_pages(pages);
+        Ok(())
+    }
+
+    /// Memory figures.
+    ///
+    /// # Errors
+    /// The host's kernel does not tell.
+    pub fn info(&self) -> Result<VmInfo, VmError> {
+        let ram = self.ram();
+        Ok(VmInfo {
+            memory_bytes: memory::total_bytes(&ram),
+            resident_bytes: memory::resident_bytes(&ram)?,
+            balloon_bytes: u64::from(self.balloon.held_pages()) * BALLOON_PAGE,
+        })
+    }
+
+    /// How the VM ended; [`VmExit::Stopped`] if it has not by itself.
+    #[must_use]
+    pub fn exit(&self) -> VmExit {
+        match self.ending.cause() {
+            None => VmExit::Stopped,
+            Some(Cause::PowerOff) => VmExit::PowerOff,
+            Some(Cause::Reset) => VmExit::GuestPanic {
+                console: self.console.tail(),
+            },
+            Some(Cause::Kvm(detail)) => VmExit::KvmError {
+                detail,
+                console: self.console.tail(),
+            },
+            Some(Cause::Failed(detail)) => VmExit::Failed { detail },
+        }
+    }
+
+    fn ram(&self) -> impl std::ops::Deref<Target = GuestMemoryMmap> {
+        self.memory.memory()
+    }
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Host { what, source }
+}
+
+/// The port I/O devices.
+fn ports(machine: &Machine, console: &Console, ending: &Arc<Ending>) -> Result<Bus, VmError> {
+    let irq = machine.interrupt_line(layout::SERIAL_GSI)?;
+    let serial = SerialPort::new(console.clone(), irq);
+    let sleep = SleepRegisters::new(Arc::clone(ending));
+    let reset = ResetRegister::new(Arc::clone(ending));
+    let devices: [(u16, u16, Arc<Mutex<dyn BusDevice>>); 3] = [
+        (
+            layout::SERIAL_PORT,
+            layout::SERIAL_PORTS,
+            Arc::new(Mutex::new(serial)),
+        ),
+        (layout::SLEEP_CONTROL_PORT, 2, Arc::new(Mutex::new(sleep))),
+        (layout::RESET_PORT, 1, Arc::new(Mutex::new(reset))),
+    ];
+    let mut bus = Bus::default();
+    for (port, count, device) in devices {
+        bus.insert(u64::from(port), u64::from(count), device)?;
+    }
+    Ok(bus)
+}
+
+/// The virtio devices, in the order of their windows.
+fn virtio_devices(
+    vsock: OwnedFd,
+    shares: Vec<Share>,
+    balloon: Balloon,
+) -> Result<Vec<Box<dyn VirtioDevice>>, VmError> {
+    let devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(balloon), Box::new(Rng::default())];
+    drop((vsock, shares));
+    Ok(devices)
+}
+
+/// Gives each device a transport, a window, an interrupt line, and a notification a queue.
+fn mmio_bus(
+    machine: &Machine,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    memory: &GuestMemory,
+) -> Result<Bus, VmError> {
+    let mut bus = Bus::default();
+    let windows = (layout::VIRTIO_MMIO_START..).step_by(layout::VIRTIO_MMIO_SIZE as usize);
+    for ((device, base), gsi) in devices
+        .into_iter()
+        .zip(windows)
+        .zip(layout::VIRTIO_GSI_START..)
+    {
+        let irq = machine.interrupt_line(gsi)?;
+        let transport = MmioTransport::new(device, memory.clone(), irq)?;
+        for (index, kick) in (0u32..).zip(transport.queue_kicks()) {
+            machine.notify_on_write(kick, base + mmio::QUEUE_NOTIFY, index)?;
+        }
+        bus.insert(base, mmio::WINDOW_SIZE, Arc::new(Mutex::new(transport)))?;
+    }
+    Ok(bus)
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        Self::read(self, offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        Self::write(self, offset, data);
+    }
+}
