@@ -2,10 +2,34 @@
 //!
 //! The ends are opened when the process is created ([`Stdio::open`]) and joined to the guest's streams as those arrive
 //! ([`Stdio::connect`]). A client may come and go at any time: the shim holds both ends of every FIFO, so nobody's leaving ends
-//! the container's streams (see [`fifo`]). [`Stdio::drained`] tells when the client has been given what the process wrote, which is when its exit
-//! may be announced.
+//! the container's streams. [`Stdio::drained`] tells when the client has been given what the process wrote, which is
+//! when its exit may be announced.
 
+mod binary;
+mod copy;
+mod fifo;
+mod file;
+mod target;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::fs::OpenOptions;
 use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tracing::warn;
+
+use copy::{Progress, Sink, Source};
+use target::Target;
+
+/// How long [`Stdio::drained`] waits while nothing moves.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
 /// One of a process's streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -33,7 +57,26 @@ pub struct StdioPaths {
 
 /// The host's ends of one process's streams.
 #[derive(Debug)]
-pub struct Stdio {}
+pub struct Stdio {
+    /// Each end until it is joined to its stream.
+    stdin: Mutex<Option<Source>>,
+    stdout: Mutex<Option<Sink>>,
+    stderr: Mutex<Option<Sink>>,
+    wanted: [bool; 3],
+    closing_stdin: watch::Sender<bool>,
+    stdout_progress: watch::Sender<Progress>,
+    stderr_progress: watch::Sender<Progress>,
+    copying: Mutex<Vec<AbortHandle>>,
+}
+
+/// A stream that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot open {kind:?} {path:?}: {reason}")]
+pub struct StdioError {
+    kind: StreamKind,
+    path: String,
+    reason: String,
+}
 
 impl Stdio {
     /// Opens the host ends. `container_id` and `namespace` are what a logging binary gets in its environment.
@@ -41,37 +84,230 @@ impl Stdio {
     /// # Errors
     /// [`StdioError`] naming the stream and its path.
     pub async fn open(
-        _paths: &StdioPaths,
-        _container_id: &str,
-        _namespace: &str,
+        paths: &StdioPaths,
+        container_id: &str,
+        namespace: &str,
     ) -> Result<Self, StdioError> {
-        Ok(Self {})
+        let stderr = if paths.terminal {
+            ""
+        } else {
+            paths.stderr.as_str()
+        };
+        let stdin = open_source(&paths.stdin).await?;
+        let (stdout, stderr) = open_sinks(&paths.stdout, stderr, container_id, namespace).await?;
+        Ok(Self {
+            wanted: [stdin.is_some(), stdout.is_some(), stderr.is_some()],
+            stdin: Mutex::new(stdin),
+            stdout: Mutex::new(stdout),
+            stderr: Mutex::new(stderr),
+            closing_stdin: watch::Sender::new(false),
+            stdout_progress: watch::Sender::default(),
+            stderr_progress: watch::Sender::default(),
+            copying: Mutex::default(),
+        })
     }
 
     /// Whether the guest shall dial this stream at all (else its token stays empty).
-    pub fn wants(&self, _kind: StreamKind) -> bool {
-        false
+    pub fn wants(&self, kind: StreamKind) -> bool {
+        let [stdin, stdout, stderr] = self.wanted;
+        match kind {
+            StreamKind::Stdin => stdin,
+            StreamKind::Stdout => stdout,
+            StreamKind::Stderr => stderr,
+        }
     }
 
     /// Joins the guest's stream (the token already read off it) to the host end; copies in the background from here. A second
-    /// stream of the same kind is closed.
-    pub fn connect(&self, _kind: StreamKind, _stream: UnixStream) {}
+    /// stream of the same kind, or one after [`Stdio::close`], is closed.
+    pub fn connect(&self, kind: StreamKind, stream: UnixStream) {
+        // Held across the spawn, so that a close cannot come between.
+        let mut copying = lock(&self.copying);
+        let task = match kind {
+            StreamKind::Stdin => lock(&self.stdin).take().map(|source| {
+                tokio::spawn(copy::input(source, stream, self.closing_stdin.subscribe()))
+            }),
+            StreamKind::Stdout => lock(&self.stdout).take().map(|sink| {
+                tokio::spawn(copy::output(
+                    kind,
+                    stream,
+                    sink,
+                    self.stdout_progress.clone(),
+                ))
+            }),
+            StreamKind::Stderr => lock(&self.stderr).take().map(|sink| {
+                tokio::spawn(copy::output(
+                    kind,
+                    stream,
+                    sink,
+                    self.stderr_progress.clone(),
+                ))
+            }),
+        };
+        match task {
+            Some(task) => copying.push(task.abort_handle()),
+            None => warn!(?kind, "a stream that nobody waits for is closed"),
+        }
+    }
 
     /// CloseIO: the guest's stdin ends after what is already in the FIFO. Also before the stream is connected.
-    pub fn close_stdin(&self) {}
+    pub fn close_stdin(&self) {
+        self.closing_stdin.send_replace(true);
+    }
 
-    /// Waits until that many bytes of each stream have been handed on. Gives up on a stream whose reader takes nothing for 10 s.
-    pub async fn drained(&self, _stdout_bytes: u64, _stderr_bytes: u64) {}
+    /// Waits until that many bytes of each stream have been handed on. Gives up on a stream that does not move for 10 s.
+    pub async fn drained(&self, stdout_bytes: u64, stderr_bytes: u64) {
+        tokio::join!(
+            reached(
+                StreamKind::Stdout,
+                self.stdout_progress.subscribe(),
+                stdout_bytes
+            ),
+            reached(
+                StreamKind::Stderr,
+                self.stderr_progress.subscribe(),
+                stderr_bytes
+            ),
+        );
+    }
 
     /// Lets go of every end; the client sees EOF. For Delete. Idempotent, also done by drop.
-    pub fn close(&self) {}
+    pub fn close(&self) {
+        for task in lock(&self.copying).drain(..) {
+            task.abort();
+        }
+        drop(lock(&self.stdin).take());
+        drop(lock(&self.stdout).take());
+        drop(lock(&self.stderr).take());
+        for progress in [&self.stdout_progress, &self.stderr_progress] {
+            progress.send_modify(|p| p.ended = true);
+        }
+    }
 }
 
-/// A stream that cannot be opened.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot open {stream} {path:?}: {reason}")]
-pub struct StdioError {
-    stream: &'static str,
-    path: String,
-    reason: String,
+impl Drop for Stdio {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The data behind these locks is whole at every point, also where a holder panicked.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn reached(kind: StreamKind, mut progress: watch::Receiver<Progress>, bytes: u64) {
+    loop {
+        let now = *progress.borrow_and_update();
+        if now.ended || now.forwarded >= bytes {
+            return;
+        }
+        match tokio::time::timeout(DRAIN_PATIENCE, progress.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return,
+            Err(_) => {
+                warn!(
+                    ?kind,
+                    forwarded = now.forwarded,
+                    bytes,
+                    "output is not read: its rest may be lost"
+                );
+                return;
+            }
+        }
+    }
+}
+
+async fn open_source(address: &str) -> Result<Option<Source>, StdioError> {
+    let failed = |reason: String| StdioError {
+        kind: StreamKind::Stdin,
+        path: address.to_owned(),
+        reason,
+    };
+    let path = match Target::parse(address).map_err(failed)? {
+        Target::Null => return Ok(None),
+        Target::Path(path) | Target::File(path) => path,
+        Target::Binary(_) => {
+            return Err(failed(
+                "binary:// takes output, it gives no input".to_owned(),
+            ));
+        }
+    };
+    let open = async {
+        Ok::<_, io::Error>(match is_fifo(&path)? {
+            true => Source::Fifo(fifo::Input::open(&path)?),
+            false => Source::File(OpenOptions::new().read(true).open(&path).await?),
+        })
+    };
+    open.await.map(Some).map_err(|e| failed(e.to_string()))
+}
+
+async fn open_sinks(
+    stdout: &str,
+    stderr: &str,
+    container_id: &str,
+    namespace: &str,
+) -> Result<(Option<Sink>, Option<Sink>), StdioError> {
+    let parse = |kind: StreamKind, address: &str| {
+        Target::parse(address).map_err(|reason| StdioError {
+            kind,
+            path: address.to_owned(),
+            reason,
+        })
+    };
+    let failed = |kind: StreamKind, address: &str, e: io::Error| StdioError {
+        kind,
+        path: address.to_owned(),
+        reason: e.to_string(),
+    };
+    let out = parse(StreamKind::Stdout, stdout)?;
+    let err = parse(StreamKind::Stderr, stderr)?;
+    // The same program for both is one process.
+    if let (Target::Binary(program), true) = (&out, out == err) {
+        let both = binary::start(program, container_id, namespace).await;
+        let (to_out, to_err) = both.map_err(|e| failed(StreamKind::Stdout, stdout, e))?;
+        return Ok((Some(Sink::Binary(to_out)), Some(Sink::Binary(to_err))));
+    }
+    let out = match out {
+        Target::Binary(program) => {
+            let started = binary::start(&program, container_id, namespace).await;
+            Some(Sink::Binary(
+                started
+                    .map_err(|e| failed(StreamKind::Stdout, stdout, e))?
+                    .0,
+            ))
+        }
+        other => open_sink(&other)
+            .await
+            .map_err(|e| failed(StreamKind::Stdout, stdout, e))?,
+    };
+    let err = match err {
+        Target::Binary(program) => {
+            let started = binary::start(&program, container_id, namespace).await;
+            Some(Sink::Binary(
+                started
+                    .map_err(|e| failed(StreamKind::Stderr, stderr, e))?
+                    .1,
+            ))
+        }
+        other => open_sink(&other)
+            .await
+            .map_err(|e| failed(StreamKind::Stderr, stderr, e))?,
+    };
+    Ok((out, err))
+}
+
+/// Everything but a program.
+async fn open_sink(target: &Target) -> io::Result<Option<Sink>> {
+    Ok(match target {
+        Target::Null | Target::Binary(_) => None,
+        Target::File(path) => Some(Sink::File(file::append_or_create(path).await?)),
+        Target::Path(path) if is_fifo(path)? => Some(Sink::Fifo(fifo::Output::open(path)?)),
+        Target::Path(path) => Some(Sink::File(
+            OpenOptions::new().append(true).open(path).await?,
+        )),
+    })
+}
+
+fn is_fifo(path: &Path) -> io::Result<bool> {
+    Ok(std::fs::metadata(path)?.file_type().is_fifo())
 }
