@@ -210,6 +210,30 @@ impl Containerd {
         ctr
     }
 
+    /// Waits until a task runs.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn running(&self, id: &str) -> Result<()> {
+        wait::until(&format!("task {id} to run"), || {
+            (self.state(id).ok()? == "RUNNING").then_some(())
+        })
+    }
+
+    /// A task's state in containerd's word (`RUNNING`, `STOPPED`, `PAUSED`), empty where there is no task.
+    ///
+    /// # Errors
+    /// `ctr` could not be started, or hangs.
+    pub fn state(&self, id: &str) -> Result<String> {
+        let list = self.run_ctr(&["task", "list"])?.ok()?.text();
+        Ok(list
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>())
+            .find(|row| row.first() == Some(&id))
+            .and_then(|row| row.last().map(|s| (*s).to_owned()))
+            .unwrap_or_default())
+    }
+
     /// Kills and deletes a container, whatever its state. For the end of a test that left it running.
     ///
     /// # Errors

@@ -1,8 +1,10 @@
 //! `ctr` with a time limit: what a command printed and how it ended.
 
 use std::{
+    fmt,
     io::{Read, Write},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
     thread,
 };
 
@@ -11,7 +13,6 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::wait;
 
 /// How a command ended.
-#[derive(Debug)]
 pub struct Output {
     /// The exit code; 128+n after signal n.
     pub code: i32,
@@ -20,6 +21,19 @@ pub struct Output {
     /// Standard error.
     pub stderr: Vec<u8>,
     what: String,
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "`{}` exited {}\nstdout: {}\nstderr: {}",
+            self.what,
+            self.code,
+            clip(&self.stdout),
+            clip(&self.stderr)
+        )
+    }
 }
 
 impl Output {
@@ -46,14 +60,7 @@ impl Output {
     /// # Errors
     /// It ended with another; with everything it printed.
     pub fn exited(self, code: i32) -> Result<Self> {
-        ensure!(
-            self.code == code,
-            "`{}` exited {} and not {code}\nstdout: {}\nstderr: {}",
-            self.what,
-            self.code,
-            clip(&self.stdout),
-            clip(&self.stderr)
-        );
+        ensure!(self.code == code, "exit code {code} was expected: {self:?}");
         Ok(self)
     }
 }
@@ -79,8 +86,8 @@ pub fn exit_code(status: ExitStatus) -> i32 {
 pub struct Running {
     child: Child,
     what: String,
-    stdout: Option<thread::JoinHandle<Vec<u8>>>,
-    stderr: Option<thread::JoinHandle<Vec<u8>>>,
+    stdout: Collected,
+    stderr: Collected,
 }
 
 impl Running {
@@ -97,8 +104,8 @@ impl Running {
         let mut child = command
             .spawn()
             .with_context(|| format!("starting `{what}`"))?;
-        let stdout = child.stdout.take().map(collect);
-        let stderr = child.stderr.take().map(collect);
+        let stdout = Collected::from(child.stdout.take());
+        let stderr = Collected::from(child.stderr.take());
         Ok(Self {
             child,
             what,
@@ -107,11 +114,21 @@ impl Running {
         })
     }
 
+    /// Its input, to be written when the time has come.
+    pub fn take_stdin(&mut self) -> Option<ChildStdin> {
+        self.child.stdin.take()
+    }
+
     /// Writes to its input from a thread, and closes it after.
     pub fn feed(&mut self, bytes: Vec<u8>) {
-        if let Some(mut pipe) = self.child.stdin.take() {
+        if let Some(mut pipe) = self.take_stdin() {
             thread::spawn(move || pipe.write_all(&bytes));
         }
+    }
+
+    /// Bytes of standard output that have come.
+    pub fn stdout_len(&self) -> usize {
+        self.stdout.len()
     }
 
     /// Its pid.
@@ -138,8 +155,8 @@ impl Running {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
-        let stdout = self.stdout.take().map(join).unwrap_or_default();
-        let stderr = self.stderr.take().map(join).unwrap_or_default();
+        let stdout = self.stdout.join();
+        let stderr = self.stderr.join();
         match waited {
             Ok(status) => Ok(Output {
                 code: exit_code(status?),
@@ -156,17 +173,43 @@ impl Running {
     }
 }
 
-fn collect(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
-    thread::spawn(move || {
-        let mut all = Vec::new();
-        // A broken pipe ends the output like its end does; what came before counts.
-        let _ = from.read_to_end(&mut all);
-        all
-    })
+/// An output that a thread reads to its end.
+struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: Option<thread::JoinHandle<()>>,
 }
 
-fn join(reader: thread::JoinHandle<Vec<u8>>) -> Vec<u8> {
-    reader.join().unwrap_or_default()
+impl Collected {
+    fn from(pipe: Option<impl Read + Send + 'static>) -> Self {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let all = Arc::clone(&bytes);
+        let reader = pipe.map(|mut pipe| {
+            thread::spawn(move || {
+                let mut buffer = vec![0; 1 << 16];
+                // A broken pipe ends the output like its end does; what came before counts.
+                while let Ok(n @ 1..) = pipe.read(&mut buffer) {
+                    let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+                    all.extend(buffer.iter().take(n));
+                }
+            })
+        });
+        Self { bytes, reader }
+    }
+
+    fn len(&self) -> usize {
+        self.bytes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
+    fn join(&mut self) -> Vec<u8> {
+        if let Some(reader) = self.reader.take() {
+            // A reader that panicked has left what it had.
+            let _ = reader.join();
+        }
+        std::mem::take(&mut self.bytes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// Runs a command to its end.

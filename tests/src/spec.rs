@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::{
-    containerd::Containerd,
+    containerd::{Containerd, NAMESPACE},
     ctr::{self, Output},
     runtime::Runtime,
 };
@@ -57,7 +57,10 @@ impl<'a> SpecRun<'a> {
     /// The spec could not be written.
     pub fn command(&self, id: &str, flags: &[&str]) -> Result<std::process::Command> {
         let path = self.path(id);
-        fs::write(&path, serde_json::to_vec_pretty(&self.spec)?)?;
+        // The default is one cgroup for all: each run gets its own.
+        let mut spec = self.spec.clone();
+        spec["linux"]["cgroupsPath"] = json!(format!("/{NAMESPACE}/{id}"));
+        fs::write(&path, serde_json::to_vec_pretty(&spec)?)?;
         let mut ctr = self.containerd.ctr();
         ctr.arg("run")
             .args(self.runtime.ctr_flags())

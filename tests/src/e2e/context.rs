@@ -128,18 +128,7 @@ impl Detached<'_> {
     /// # Errors
     /// `ctr` could not be started, or hangs.
     pub fn state(&self) -> Result<String> {
-        let list = self
-            .suite
-            .containerd
-            .run_ctr(&["task", "list"])?
-            .ok()?
-            .text();
-        Ok(list
-            .lines()
-            .map(|line| line.split_whitespace().collect::<Vec<_>>())
-            .find(|row| row.first() == Some(&self.id.as_str()))
-            .and_then(|row| row.last().map(|s| (*s).to_owned()))
-            .unwrap_or_default())
+        self.suite.containerd.state(&self.id)
     }
 }
 

@@ -208,6 +208,13 @@ fn vmm_killed_during_start(suite: &Context) -> Result<()> {
     before.restored()
 }
 
+/// Waits until a task is stopped or gone.
+fn not_running(suite: &Context, id: &str) -> Result<()> {
+    wait::until("the task to stop", || {
+        (suite.containerd.state(id).ok()? != "RUNNING").then_some(())
+    })
+}
+
 /// A running container and the daemon's events from before it began.
 fn watched(suite: &Context, test: impl FnOnce(&str) -> Result<()>) -> Result<String> {
     let mut events = suite.containerd.ctr();
@@ -225,13 +232,7 @@ fn vmm_killed(suite: &Context) -> Result<()> {
     let before = Traces::now();
     let told = watched(suite, |id| {
         end(&vmm(id).context("no VMM")?)?;
-        wait::until("the task to stop", || {
-            let list = suite.containerd.run_ctr(&["task", "list"]).ok()?.text();
-            (!list
-                .lines()
-                .any(|l| l.starts_with(id) && l.ends_with("RUNNING")))
-            .then_some(())
-        })
+        not_running(suite, id)
     })?;
     ensure!(
         told.matches("/tasks/exit").count() == 1,
@@ -250,13 +251,7 @@ fn shim_killed(suite: &Context) -> Result<()> {
         wait::until("the VMM to follow its shim", || {
             (!host::processes().iter().any(|p| p.pid == vmm.pid)).then_some(())
         })?;
-        wait::until("the task to go", || {
-            let list = suite.containerd.run_ctr(&["task", "list"]).ok()?.text();
-            (!list
-                .lines()
-                .any(|l| l.starts_with(id) && l.ends_with("RUNNING")))
-            .then_some(())
-        })
+        not_running(suite, id)
     })?;
     ensure!(
         told.contains("/tasks/exit") && told.contains("137"),

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use husk_tests::{
-    ctr::{self, output_with_input},
+    ctr::{self, Running, output_with_input},
     wait,
 };
 
@@ -42,7 +42,11 @@ fn stdin_to_its_end(suite: &Context) -> Result<()> {
     let mut command = suite
         .containerd
         .run_command(suite.runtime, &id, &["--rm"], &["cat"]);
-    let out = output_with_input(&mut command, b"one\ntwo\n".to_vec())?.ok()?;
+    let mut running = Running::start(&mut command, true)?;
+    // ctr passes the end of its input on only once the task is there.
+    suite.containerd.running(&id)?;
+    running.feed(b"one\ntwo\n".to_vec());
+    let out = running.finish()?.ok()?;
     ensure!(out.stdout == b"one\ntwo\n", "{out:?}");
     Ok(())
 }
@@ -70,9 +74,18 @@ fn stdout_64_mib(suite: &Context) -> Result<()> {
         "type=bind,src={},dst=/mnt,options=rbind:ro",
         dir.path().display()
     );
-    let out = suite
-        .run(&["--mount", &mount], &["cat", "/mnt/data"])?
-        .ok()?;
+    let id = suite.containerd.fresh_id("stdout");
+    let script = "cat /mnt/data; read all_seen";
+    let flags = ["--rm", "--mount", &mount];
+    let mut command =
+        suite
+            .containerd
+            .run_command(suite.runtime, &id, &flags, &["sh", "-c", script]);
+    let mut running = Running::start(&mut command, true)?;
+    // ctr stops reading a moment after the task's end, whatever the pipe still holds: so the task waits.
+    wait::until("all of it", || (running.stdout_len() >= BIG).then_some(()))?;
+    running.feed(b"all seen\n".to_vec());
+    let out = running.finish()?.ok()?;
     ensure!(out.stdout.len() == BIG, "{} bytes came", out.stdout.len());
     ensure!(sha256(&out.stdout) == sha256(&bytes), "the bytes differ");
     Ok(())

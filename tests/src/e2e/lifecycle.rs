@@ -70,12 +70,7 @@ fn attach_again(suite: &Context) -> Result<()> {
         .containerd
         .run_command(suite.runtime, &id, &[], &["sh", "-c", script]);
     let client = Running::start(&mut command, true)?;
-    wait::until("the task to run", || {
-        let list = suite.containerd.run_ctr(&["task", "list"]).ok()?.text();
-        list.lines()
-            .any(|l| l.starts_with(&id) && l.ends_with("RUNNING"))
-            .then_some(())
-    })?;
+    suite.containerd.running(&id)?;
     nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(client.pid().cast_signed()),
         nix::sys::signal::Signal::SIGKILL,

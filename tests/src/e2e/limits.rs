@@ -111,12 +111,7 @@ fn fork_bomb(suite: &Context) -> Result<()> {
     run.spec["linux"]["resources"]["pids"] = json!({ "limit": 200 });
     let id = suite.containerd.fresh_id("bomb");
     let mut running = Running::start(&mut run.command(&id, &["--rm"])?, false)?;
-    wait::until("the bomb to run", || {
-        let list = suite.containerd.run_ctr(&["task", "list"]).ok()?.text();
-        list.lines()
-            .any(|l| l.starts_with(&id) && l.ends_with("RUNNING"))
-            .then_some(())
-    })?;
+    suite.containerd.running(&id)?;
     ensure!(!running.has_ended());
     // The agent still answers, and ends it.
     suite.containerd.run_ctr(&["task", "metrics", &id])?.ok()?;

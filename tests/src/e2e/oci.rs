@@ -22,7 +22,8 @@ pub const TESTS: &[Test] = &[
     test("sysctls", sysctls),
     test("oom_score", oom_score),
     test("user_namespace", user_namespace),
-    test("time_namespace", time_namespace),
+    // runc 1.1 of Debian 13 does not know it.
+    husk_test("time_namespace", time_namespace),
     test("hooks", hooks),
     test("invalid_specs_are_refused", invalid),
 ];

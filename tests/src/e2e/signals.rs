@@ -51,12 +51,7 @@ fn kill_ends_it(suite: &Context) -> Result<()> {
             .containerd
             .run_command(suite.runtime, &id, &["--rm"], &["sleep", "1000"]);
     let running = husk_tests::ctr::Running::start(&mut command, false)?;
-    wait::until("the task to run", || {
-        let list = suite.containerd.run_ctr(&["task", "list"]).ok()?.text();
-        list.lines()
-            .any(|l| l.starts_with(&id) && l.ends_with("RUNNING"))
-            .then_some(())
-    })?;
+    suite.containerd.running(&id)?;
     suite
         .containerd
         .run_ctr(&["task", "kill", "--signal", "SIGKILL", &id])?
@@ -66,29 +61,24 @@ fn kill_ends_it(suite: &Context) -> Result<()> {
 }
 
 fn kill_all(suite: &Context) -> Result<()> {
-    let container = suite.detached(
-        &[],
-        &[
-            "sh",
-            "-c",
-            "trap '' TERM; sleep 1001 & sleep 1002 & while :; do wait; sleep 0.1; done",
-        ],
-    )?;
-    let count = || -> Result<usize> {
-        Ok(container
-            .exec(&["sh", "-c", "ps | grep -c 'sleep 10[0]'"])?
-            .text()
-            .parse()
-            .unwrap_or(0))
+    let script = "trap : TERM; sleep 1001 & echo $! > /tmp/a; sleep 1002 & echo $! > /tmp/b; while :; do wait; sleep 0.1; done";
+    let container = suite.detached(&[], &["sh", "-c", script])?;
+    let alive = |file: &str| -> Result<bool> {
+        let probe = format!("kill -0 $(cat /tmp/{file})");
+        Ok(container.exec(&["sh", "-c", &probe])?.code == 0)
     };
-    wait::until("both children", || (count().ok()? == 2).then_some(()))?;
+    wait::until("both children", || {
+        (alive("a").ok()? && alive("b").ok()?).then_some(())
+    })?;
     container
         .task(&["kill", "--all", "--signal", "SIGTERM"])?
         .ok()?;
-    wait::until("both children to go", || (count().ok()? == 0).then_some(()))?;
+    wait::until("both children to go", || {
+        (!alive("a").ok()? && !alive("b").ok()?).then_some(())
+    })?;
     ensure!(
         container.state()? == "RUNNING",
-        "init ignores TERM and goes on"
+        "init catches TERM and goes on"
     );
     Ok(())
 }
