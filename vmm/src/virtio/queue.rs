@@ -106,6 +106,8 @@ pub struct DeviceQueue {
     max_bytes: u32,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
+    /// Chains were used since the driver was last notified.
+    unannounced: bool,
 }
 
 impl DeviceQueue {
@@ -122,6 +124,7 @@ impl DeviceQueue {
             max_bytes,
             kick: active.kick,
             interrupt,
+            unannounced: false,
         }
     }
 
@@ -176,16 +179,20 @@ impl DeviceQueue {
         head: u16,
         len: u32,
     ) -> Result<(), QueueError> {
+        self.unannounced = true;
         self.queue
             .add_used(memory, head, len)
             .map_err(|source| self.ring(source))
     }
 
-    /// Interrupts the driver if it wants to know about what was used since the last call.
+    /// Interrupts the driver if something was used since the last call and it wants to know.
     ///
     /// # Errors
     /// [`QueueError::Ring`] when the driver's wish cannot be read.
     pub fn notify(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        if !std::mem::take(&mut self.unannounced) {
+            return Ok(());
+        }
         if self
             .queue
             .needs_notification(memory)

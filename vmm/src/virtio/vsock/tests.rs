@@ -1,0 +1,608 @@
+//! The whole device, from the driver's queues to the shim's end of the bridge.
+
+use std::collections::HashMap;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::LazyLock;
+
+use husk_protocol::bridge::{Connection as Crossing, PACKET_LEN};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socketpair,
+};
+use proptest::prelude::*;
+
+use super::Vsock;
+use super::credit::BUFFER;
+use super::packet::*;
+use crate::virtio::testing::Guest;
+
+const CID: u64 = 3;
+const RX: usize = 0;
+const TX: usize = 1;
+/// Linux's receive buffers hold a little less than a page.
+const RX_BUFFER: usize = 3776;
+/// The guest's own buffer for each connection.
+const GUEST_BUFFER: u32 = 256 * 1024;
+
+/// The shim's end of the bridge.
+struct Shim {
+    bridge: OwnedFd,
+}
+
+impl Shim {
+    fn accept(&self) -> (u32, UnixStream) {
+        let mut packet = [0; PACKET_LEN];
+        let mut space = nix::cmsg_space!([RawFd; 1]);
+        let mut iov = [IoSliceMut::new(&mut packet)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let message =
+            recvmsg::<()>(self.bridge.as_raw_fd(), &mut iov, Some(&mut space), flags).unwrap();
+        let Some(ControlMessageOwned::ScmRights(fds)) = message.cmsgs().unwrap().next() else {
+            panic!("no socket");
+        };
+        let socket = own(fds[0]);
+        let Ok(Crossing::FromGuest { port }) = Crossing::decode(&packet) else {
+            panic!("not a dial");
+        };
+        (port, socket.into())
+    }
+
+    fn dial(&self, port: u32) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let packet = Crossing::ToGuest { port }.encode();
+        let fds = [theirs.as_raw_fd()];
+        sendmsg::<()>(
+            self.bridge.as_raw_fd(),
+            &[IoSlice::new(&packet)],
+            &[ControlMessage::ScmRights(&fds)],
+            MsgFlags::empty(),
+            None,
+        )
+        .unwrap();
+        ours
+    }
+}
+
+#[allow(unsafe_code, reason = "recvmsg(2) hands over fds as numbers")]
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: just received.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// One connection as the guest's kernel keeps it.
+#[derive(Debug, Default)]
+struct End {
+    sent: u32,
+    peer_alloc: u32,
+    peer_forwarded: u32,
+    received: Vec<u8>,
+    accepted: bool,
+    shutdown: u32,
+    reset: bool,
+    /// The guest sent RST: what is still on its way is dropped.
+    forgotten: bool,
+    requested: bool,
+}
+
+/// A guest with a vsock driver. Connections are named (host port, guest port).
+struct Driver {
+    guest: Guest,
+    ends: HashMap<(u32, u32), End>,
+}
+
+type Name = (u32, u32);
+
+impl Driver {
+    fn start() -> (Self, Shim) {
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        let guest = Guest::start(Box::new(Vsock::new(CID, ours)), 128);
+        let mut driver = Self {
+            guest,
+            ends: HashMap::new(),
+        };
+        driver.refill();
+        (driver, Shim { bridge: theirs })
+    }
+
+    fn refill(&mut self) {
+        while self.guest.add(RX, &[], &[RX_BUFFER + HEADER_LEN]).is_some() {}
+        self.guest.kick(RX);
+    }
+
+    fn header(&self, name: Name, op: Op) -> Header {
+        let fwd_cnt = self.ends.get(&name).map_or(0, |e| e.received.len() as u32);
+        Header {
+            src_cid: CID,
+            dst_cid: HOST_CID,
+            src_port: name.1,
+            dst_port: name.0,
+            len: 0,
+            kind: TYPE_STREAM,
+            op,
+            flags: 0,
+            buf_alloc: GUEST_BUFFER,
+            fwd_cnt,
+        }
+    }
+
+    fn send(&mut self, header: Header, payload: &[u8]) {
+        let bytes = header.encode();
+        let parts: &[&[u8]] = if payload.is_empty() {
+            &[&bytes]
+        } else {
+            &[&bytes, payload]
+        };
+        while self.guest.add(TX, parts, &[]).is_none() {
+            while self.guest.try_next(TX).is_some() {}
+            if self.guest.free_descriptors(TX) < 2 {
+                self.poll();
+                self.guest.wait_interrupt();
+            }
+        }
+        self.guest.kick(TX);
+    }
+
+    fn control(&mut self, name: Name, op: Op, flags: u32) {
+        let mut header = self.header(name, op);
+        header.flags = flags;
+        self.send(header, &[]);
+    }
+
+    fn dial(&mut self, name: Name) {
+        self.ends.insert(name, End::default());
+        self.control(name, Op::Request, 0);
+    }
+
+    /// Sends at most what credit allows; how many bytes.
+    fn write(&mut self, name: Name, bytes: &[u8]) -> usize {
+        let end = self.ends.get_mut(&name).unwrap();
+        let room = end
+            .peer_alloc
+            .saturating_sub(end.sent.wrapping_sub(end.peer_forwarded));
+        let len = bytes.len().min(room as usize).min(MAX_PAYLOAD as usize);
+        if len > 0 {
+            end.sent = end.sent.wrapping_add(len as u32);
+            let mut header = self.header(name, Op::Data);
+            header.len = len as u32;
+            self.send(header, &bytes[..len]);
+        }
+        len
+    }
+
+    /// Takes what has arrived, and answers as Linux would.
+    fn poll(&mut self) {
+        let mut any = false;
+        while let Some(used) = self.guest.try_next(RX) {
+            any = true;
+            let mut bytes = [0; HEADER_LEN];
+            bytes.copy_from_slice(&used.data[..HEADER_LEN]);
+            let header = Header::decode(&bytes);
+            let payload = &used.data[HEADER_LEN..];
+            assert_eq!(payload.len(), header.len as usize);
+            assert_eq!((header.src_cid, header.dst_cid), (HOST_CID, CID));
+            self.receive(header, payload);
+        }
+        if any {
+            self.refill();
+        }
+        while self.guest.try_next(TX).is_some() {}
+    }
+
+    fn receive(&mut self, header: Header, payload: &[u8]) {
+        let name = (header.src_port, header.dst_port);
+        let known = self.ends.contains_key(&name);
+        let end = self.ends.entry(name).or_default();
+        assert!(
+            !end.reset || header.op == Op::Reset,
+            "a packet after RST: {header:?}"
+        );
+        end.peer_alloc = header.buf_alloc;
+        end.peer_forwarded = header.fwd_cnt;
+        match header.op {
+            Op::Request => {
+                assert!(!known);
+                end.requested = true;
+            }
+            Op::Response => end.accepted = true,
+            Op::Data => {
+                assert_eq!(end.shutdown & SHUTDOWN_SEND, 0, "bytes after their end");
+                end.received.extend(payload);
+                // It forwards at once, so that everything received is credit again.
+                if header.len > 0 {
+                    self.control(name, Op::CreditUpdate, 0);
+                }
+            }
+            Op::Shutdown => {
+                end.shutdown |= header.flags;
+                if end.shutdown == SHUTDOWN_RECEIVE | SHUTDOWN_SEND {
+                    end.reset = true;
+                    self.control(name, Op::Reset, 0);
+                }
+            }
+            Op::Reset => end.reset = true,
+            Op::CreditUpdate | Op::CreditRequest => {}
+            Op::Unknown(op) => panic!("unknown op {op}"),
+        }
+    }
+
+    /// Polls until `done`.
+    fn until(&mut self, done: impl Fn(&Self) -> bool) {
+        loop {
+            self.poll();
+            if done(self) {
+                return;
+            }
+            self.guest.wait_interrupt();
+        }
+    }
+
+    fn end(&self, name: Name) -> &End {
+        &self.ends[&name]
+    }
+
+    fn open(&mut self, shim: &Shim, name: Name) -> UnixStream {
+        self.dial(name);
+        let (port, socket) = shim.accept();
+        assert_eq!(port, name.0);
+        self.until(|d| d.end(name).accepted);
+        socket
+    }
+}
+
+/// Bytes that tell their place.
+fn pattern(seed: u32, len: usize) -> Vec<u8> {
+    (0..len as u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 13) as u8)
+        .collect()
+}
+
+#[test]
+fn echo_with_half_close_both_ways() {
+    let (mut driver, shim) = Driver::start();
+    let name = (1024, 5000);
+    let mut socket = driver.open(&shim, name);
+    assert_eq!(driver.write(name, b"question"), 8);
+    driver.control(name, Op::Shutdown, SHUTDOWN_SEND);
+    let mut question = Vec::new();
+    socket.read_to_end(&mut question).unwrap();
+    assert_eq!(question, b"question");
+    socket.write_all(b"answer").unwrap();
+    drop(socket);
+    driver.until(|d| d.end(name).reset);
+    assert_eq!(driver.end(name).received, b"answer");
+}
+
+#[test]
+fn the_host_half_closes_first() {
+    let (mut driver, shim) = Driver::start();
+    let name = (1024, 5000);
+    let mut socket = driver.open(&shim, name);
+    socket.write_all(b"all of it").unwrap();
+    socket.shutdown(std::net::Shutdown::Write).unwrap();
+    driver.until(|d| d.end(name).shutdown == SHUTDOWN_SEND);
+    assert_eq!(driver.end(name).received, b"all of it");
+    driver.write(name, b"thanks");
+    driver.control(name, Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+    let mut thanks = Vec::new();
+    socket.read_to_end(&mut thanks).unwrap();
+    assert_eq!(thanks, b"thanks");
+    driver.until(|d| d.end(name).reset);
+}
+
+#[test]
+fn the_host_dials() {
+    let (mut driver, shim) = Driver::start();
+    let mut socket = shim.dial(77);
+    driver.until(|d| d.ends.values().any(|e| e.requested));
+    let name = *driver.ends.keys().next().unwrap();
+    assert_eq!(name.1, 77);
+    socket.write_all(b"sent before the guest answered").unwrap();
+    driver.control(name, Op::Response, 0);
+    driver.until(|d| d.end(name).received == b"sent before the guest answered");
+    driver.write(name, b"hello");
+    let mut hello = [0; 5];
+    socket.read_exact(&mut hello).unwrap();
+    assert_eq!(&hello, b"hello");
+}
+
+#[test]
+fn refusals_in_both_directions() {
+    let (mut driver, shim) = Driver::start();
+    // The shim closes what it does not want.
+    driver.dial((9, 1));
+    drop(shim.accept());
+    driver.until(|d| d.end((9, 1)).reset);
+    // The guest answers RST.
+    let mut socket = shim.dial(9);
+    driver.until(|d| d.ends.values().any(|e| e.requested));
+    let name = *driver.ends.iter().find(|(_, e)| e.requested).unwrap().0;
+    driver.control(name, Op::Reset, 0);
+    assert_eq!(socket.read(&mut [0; 1]).unwrap(), 0);
+    // Without a shim nobody answers.
+    drop(shim);
+    driver.dial((9, 2));
+    driver.until(|d| d.end((9, 2)).reset);
+}
+
+#[test]
+fn what_was_sent_before_a_reset_arrives() {
+    let (mut driver, shim) = Driver::start();
+    let name = (1024, 5000);
+    let mut socket = driver.open(&shim, name);
+    // More than the socket takes at once, so that some of it is buffered in the device.
+    let bytes = pattern(1, BUFFER as usize);
+    let mut sent = 0;
+    while sent < bytes.len() {
+        sent += driver.write(name, &bytes[sent..]);
+        driver.poll();
+    }
+    driver.control(name, Op::Reset, 0);
+    let mut received = Vec::new();
+    socket.read_to_end(&mut received).unwrap();
+    assert!(received == bytes);
+}
+
+#[test]
+fn packets_that_belong_to_nothing_are_answered_with_rst() {
+    let (mut driver, _shim) = Driver::start();
+    driver.ends.insert((5, 5), End::default());
+    driver.control((5, 5), Op::CreditUpdate, 0);
+    driver.until(|d| d.end((5, 5)).reset);
+    // Another CID: nobody is there to answer; the next packet is.
+    let mut header = driver.header((6, 6), Op::Request);
+    header.src_cid = 99;
+    driver.send(header, &[]);
+    driver.ends.insert((7, 7), End::default());
+    let mut header = driver.header((7, 7), Op::Request);
+    header.kind = 2;
+    driver.send(header, &[]);
+    driver.until(|d| d.end((7, 7)).reset);
+    assert!(!driver.ends.contains_key(&(6, 6)));
+}
+
+#[test]
+fn more_than_the_credit_ends_the_connection_alone() {
+    let (mut driver, shim) = Driver::start();
+    let (bad, good) = ((1, 1), (1, 2));
+    let _socket = driver.open(&shim, bad);
+    let mut other = driver.open(&shim, good);
+    for _ in 0..8 {
+        // Straight past the credit: the reader takes nothing, and the socket alone does not hold that much.
+        let mut header = driver.header(bad, Op::Data);
+        header.len = MAX_PAYLOAD;
+        driver.send(header, &vec![7; MAX_PAYLOAD as usize]);
+    }
+    driver.until(|d| d.end(bad).reset);
+    driver.write(good, b"x");
+    other.read_exact(&mut [0; 1]).unwrap();
+}
+
+#[test]
+fn a_short_packet_ends_its_connection_and_a_headless_one_the_device() {
+    let (mut driver, shim) = Driver::start();
+    let name = (1, 1);
+    let _socket = driver.open(&shim, name);
+    let mut header = driver.header(name, Op::Data);
+    header.len = 100;
+    driver.send(header, &[1, 2, 3]);
+    driver.until(|d| d.end(name).reset);
+    driver.guest.add(TX, &[&[0; 10]], &[]).unwrap();
+    driver.guest.kick(TX);
+    driver.guest.wait_failed();
+}
+
+/// FNV-1a, so that equality of 64 MiB is a number.
+fn hash(mut hash: u64, bytes: &[u8]) -> u64 {
+    for byte in bytes {
+        hash = (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+    }
+    hash
+}
+
+#[test]
+fn sixty_four_mib_each_way_at_once() {
+    const TOTAL: usize = 64 << 20;
+    let (mut driver, shim) = Driver::start();
+    let name = (1024, 5000);
+    let socket = driver.open(&shim, name);
+    let block = pattern(3, 1 << 16);
+    let mut reader = socket.try_clone().unwrap();
+    let reading = std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 16];
+        let (mut sum, mut total) = (0, 0);
+        loop {
+            let count = reader.read(&mut buffer).unwrap();
+            if count == 0 {
+                return (sum, total);
+            }
+            sum = hash(sum, &buffer[..count]);
+            total += count;
+        }
+    });
+    let (mut writer, source) = (socket, block.clone());
+    let writing = std::thread::spawn(move || {
+        let mut sum = 0;
+        for _ in 0..TOTAL / source.len() {
+            writer.write_all(&source).unwrap();
+            sum = hash(sum, &source);
+        }
+        writer.shutdown(std::net::Shutdown::Write).unwrap();
+        sum
+    });
+    let (mut sent, mut sent_sum, mut got_sum, mut got) = (0, 0, 0, 0);
+    while sent < TOTAL || driver.end(name).shutdown == 0 {
+        let at = sent % block.len();
+        let now = if sent < TOTAL {
+            driver.write(name, &block[at..])
+        } else {
+            0
+        };
+        sent_sum = hash(sent_sum, &block[at..at + now]);
+        sent += now;
+        if sent == TOTAL && now > 0 {
+            driver.control(name, Op::Shutdown, SHUTDOWN_SEND);
+        }
+        driver.poll();
+        let received = &driver.end(name).received[got..];
+        got_sum = hash(got_sum, received);
+        got += received.len();
+        if now == 0 && received.is_empty() && driver.end(name).shutdown == 0 {
+            driver.guest.wait_interrupt();
+        }
+    }
+    assert_eq!(reading.join().unwrap(), (sent_sum, TOTAL));
+    assert_eq!((writing.join().unwrap(), TOTAL), (got_sum, got));
+}
+
+/// What guest and host do with one of a few connections, in any order.
+#[derive(Debug, Clone)]
+enum Move {
+    GuestWrites(usize, usize),
+    GuestShuts(usize, u32),
+    GuestResets(usize),
+    HostWrites(usize, usize),
+    HostReads(usize, usize),
+    HostShuts(usize),
+    HostCloses(usize),
+    Polls,
+}
+
+const CONNECTIONS: usize = 3;
+
+/// What is sent, in each direction of each connection.
+static STREAMS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    (0..2 * CONNECTIONS as u32)
+        .map(|i| pattern(i, 8 << 20))
+        .collect()
+});
+
+fn a_move() -> impl Strategy<Value = Move> {
+    let which = 0..CONNECTIONS;
+    prop_oneof![
+        4 => (which.clone(), 1..100_000usize).prop_map(|(c, n)| Move::GuestWrites(c, n)),
+        4 => (which.clone(), 1..100_000usize).prop_map(|(c, n)| Move::HostWrites(c, n)),
+        4 => (which.clone(), 1..200_000usize).prop_map(|(c, n)| Move::HostReads(c, n)),
+        1 => (which.clone(), 1..4u32).prop_map(|(c, f)| Move::GuestShuts(c, f)),
+        1 => which.clone().prop_map(Move::GuestResets),
+        1 => which.clone().prop_map(Move::HostShuts),
+        1 => which.prop_map(Move::HostCloses),
+        6 => Just(Move::Polls),
+    ]
+}
+
+/// One connection's model: what was sent each way, and what came.
+struct Model {
+    socket: Option<UnixStream>,
+    guest_sent: usize,
+    guest_ended: bool,
+    host_got: Vec<u8>,
+    host_sent: usize,
+    host_ended: bool,
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #[test]
+    fn bytes_are_neither_lost_nor_reordered(moves in proptest::collection::vec(a_move(), 1..80)) {
+        let (mut driver, shim) = Driver::start();
+        let names: Vec<Name> = (0..CONNECTIONS as u32).map(|i| (1024, 100 + i)).collect();
+        let (to_host, to_guest) = (&STREAMS[..CONNECTIONS], &STREAMS[CONNECTIONS..]);
+        let mut models: Vec<Model> = names
+            .iter()
+            .map(|name| {
+                let socket = driver.open(&shim, *name);
+                socket.set_nonblocking(true).unwrap();
+                Model { socket: Some(socket), guest_sent: 0, guest_ended: false, host_got: Vec::new(), host_sent: 0, host_ended: false }
+            })
+            .collect();
+        for a_move in moves {
+            match a_move {
+                Move::Polls => driver.poll(),
+                Move::GuestWrites(c, n) => {
+                    let m = &mut models[c];
+                    if !m.guest_ended && !driver.end(names[c]).reset {
+                        let at = m.guest_sent;
+                        m.guest_sent += driver.write(names[c], &to_host[c][at..at + n]);
+                    }
+                }
+                Move::GuestShuts(c, flags) => {
+                    if !driver.end(names[c]).reset {
+                        models[c].guest_ended |= flags & SHUTDOWN_SEND != 0;
+                        driver.control(names[c], Op::Shutdown, flags);
+                    }
+                }
+                Move::GuestResets(c) => {
+                    if !driver.end(names[c]).reset {
+                        models[c].guest_ended = true;
+                        driver.control(names[c], Op::Reset, 0);
+                        let end = driver.ends.get_mut(&names[c]).unwrap();
+                        (end.reset, end.forgotten) = (true, true);
+                    }
+                }
+                Move::HostWrites(c, n) => {
+                    let m = &mut models[c];
+                    if let (Some(socket), false) = (&mut m.socket, m.host_ended) {
+                        let at = m.host_sent;
+                        // EAGAIN: full; EPIPE: the guest wants no more.
+                        m.host_sent += socket.write(&to_guest[c][at..at + n]).unwrap_or(0);
+                    }
+                }
+                Move::HostReads(c, n) => {
+                    let m = &mut models[c];
+                    if let Some(socket) = &mut m.socket {
+                        let mut buffer = vec![0; n];
+                        let count = socket.read(&mut buffer).unwrap_or(0);
+                        m.host_got.extend(&buffer[..count]);
+                    }
+                }
+                Move::HostShuts(c) => {
+                    let m = &mut models[c];
+                    m.host_ended = true;
+                    if let Some(socket) = &m.socket {
+                        let _ = socket.shutdown(std::net::Shutdown::Write);
+                    }
+                }
+                Move::HostCloses(c) => {
+                    models[c].host_ended = true;
+                    models[c].socket = None;
+                }
+            }
+            for c in 0..CONNECTIONS {
+                let got = &driver.end(names[c]).received;
+                prop_assert!(got.len() <= models[c].host_sent);
+                prop_assert!(*got == to_guest[c][..got.len()]);
+                let got = &models[c].host_got;
+                prop_assert!(got.len() <= models[c].guest_sent);
+                prop_assert!(*got == to_host[c][..got.len()]);
+            }
+        }
+        // Everything the guest sent reaches a host that is still reading, once the guest is done.
+        for c in 0..CONNECTIONS {
+            if !driver.end(names[c]).reset && !models[c].guest_ended {
+                driver.control(names[c], Op::Shutdown, SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+            }
+            if let Some(socket) = &mut models[c].socket {
+                if driver.end(names[c]).shutdown & SHUTDOWN_RECEIVE != 0 {
+                    continue;
+                }
+                socket.set_nonblocking(false).unwrap();
+                let mut rest = Vec::new();
+                let end = socket.read_to_end(&mut rest);
+                models[c].host_got.extend(rest);
+                if end.is_ok() {
+                    prop_assert_eq!(models[c].host_got.len(), models[c].guest_sent);
+                }
+                prop_assert!(models[c].host_got == to_host[c][..models[c].host_got.len()]);
+            }
+        }
+        prop_assert_eq!(driver.guest.status(), 15);
+    }
+}
