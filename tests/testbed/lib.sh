@@ -95,7 +95,7 @@ qemu_command() {
     QEMU=(qemu-system-x86_64
         -nodefaults -no-user-config -display none -no-reboot
         -name "husk-testbed"
-        -M "q35,usb=off,vmport=off" -accel "$accel" -cpu "$cpu" -smp "$smp" -m "${mem}M"
+        -bios qboot.rom -M "q35,usb=off,vmport=off" -accel "$accel" -cpu "$cpu" -smp "$smp" -m "${mem}M"
         -kernel "$image/vmlinux" -initrd "$image/initrd"
         -append "$(<"$image/cmdline")"
         -drive "if=none,id=root,file=$image/root.ext4,format=raw,snapshot=on,discard=unmap"
