@@ -4,19 +4,33 @@
 //! ([`delete`]), `-info` ([`info`]), its log ([`log`]) and what it leaves on disk ([`state`]). Behind it the
 //! long-running part ([`daemon`]) serves the task API and owns the pod.
 
+pub mod agent;
 pub mod args;
 pub mod bootstrap;
+pub mod cgroup;
 pub mod cleanup;
 pub mod config;
+pub mod container;
 pub mod context;
 pub mod daemon;
 pub mod delete;
+pub mod error;
 pub mod events;
 pub mod group;
 pub mod info;
 pub mod input;
+pub mod lifecycle;
 pub mod log;
+pub mod mount;
+pub mod phase;
+pub mod sandbox;
 pub mod service;
+pub mod share;
+pub mod sizing;
 pub mod socket;
+pub mod spec;
 pub mod state;
 pub mod stdio;
+pub mod streams;
+pub mod timing;
+pub mod vm;

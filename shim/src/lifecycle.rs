@@ -133,9 +133,7 @@ impl Lifecycle {
         if exec_id.is_empty() {
             return Ok(&mut self.init);
         }
-        self.execs
-            .get_mut(exec_id)
-            .ok_or_else(|| no_exec(exec_id))
+        self.execs.get_mut(exec_id).ok_or_else(|| no_exec(exec_id))
     }
 
     /// Where the process stands.
@@ -382,7 +380,9 @@ impl Lifecycle {
 }
 
 fn no_exec(exec_id: &str) -> TaskError {
-    TaskError::not_found(format!("exec {exec_id:?} not found: process does not exist"))
+    TaskError::not_found(format!(
+        "exec {exec_id:?} not found: process does not exist"
+    ))
 }
 
 #[cfg(test)]

@@ -87,7 +87,11 @@ impl Hints {
 
     fn vcpus(&self, default: u8) -> u64 {
         let quota = u64::try_from(self.cpu_quota).unwrap_or(0);
-        let period = if self.cpu_period == 0 { 100_000 } else { self.cpu_period };
+        let period = if self.cpu_period == 0 {
+            100_000
+        } else {
+            self.cpu_period
+        };
         let wanted = if quota > 0 {
             quota.div_ceil(period)
         } else {
@@ -168,29 +172,90 @@ mod tests {
     fn cpus_follow_quota_then_shares_then_cpuset() {
         let vcpus = |hints: Hints| size(&hints, &BOUNDS).vcpus;
         let hints = Hints::default();
-        assert_eq!(vcpus(Hints { cpu_quota: 150_000, cpu_period: 100_000, ..hints }), 2);
-        assert_eq!(vcpus(Hints { cpu_quota: 50_000, ..hints }), 1);
-        assert_eq!(vcpus(Hints { cpu_shares: 4096, ..hints }), 4);
-        assert_eq!(vcpus(Hints { cpu_shares: 512, ..hints }), 2);
-        assert_eq!(vcpus(Hints { cpuset_cpus: 3, ..hints }), 3);
-        assert_eq!(vcpus(Hints { cpuset_cpus: 3, cpu_quota: 100_000, ..hints }), 1);
+        assert_eq!(
+            vcpus(Hints {
+                cpu_quota: 150_000,
+                cpu_period: 100_000,
+                ..hints
+            }),
+            2
+        );
+        assert_eq!(
+            vcpus(Hints {
+                cpu_quota: 50_000,
+                ..hints
+            }),
+            1
+        );
+        assert_eq!(
+            vcpus(Hints {
+                cpu_shares: 4096,
+                ..hints
+            }),
+            4
+        );
+        assert_eq!(
+            vcpus(Hints {
+                cpu_shares: 512,
+                ..hints
+            }),
+            2
+        );
+        assert_eq!(
+            vcpus(Hints {
+                cpuset_cpus: 3,
+                ..hints
+            }),
+            3
+        );
+        assert_eq!(
+            vcpus(Hints {
+                cpuset_cpus: 3,
+                cpu_quota: 100_000,
+                ..hints
+            }),
+            1
+        );
     }
 
     #[test]
     fn annotations_are_read_and_bad_ones_ignored() {
         assert_eq!(Hints::from_annotations(&HashMap::new()), None);
         let annotations = HashMap::from([
-            ("io.kubernetes.cri.sandbox-memory".to_owned(), "268435456".to_owned()),
-            ("io.kubernetes.cri.sandbox-cpu-quota".to_owned(), "many".to_owned()),
-            ("io.kubernetes.cri.sandbox-cpu-period".to_owned(), "-5".to_owned()),
+            (
+                "io.kubernetes.cri.sandbox-memory".to_owned(),
+                "268435456".to_owned(),
+            ),
+            (
+                "io.kubernetes.cri.sandbox-cpu-quota".to_owned(),
+                "many".to_owned(),
+            ),
+            (
+                "io.kubernetes.cri.sandbox-cpu-period".to_owned(),
+                "-5".to_owned(),
+            ),
         ]);
         let hints = Hints::from_annotations(&annotations).unwrap();
-        assert_eq!(size(&hints, &BOUNDS), Size { vcpus: 2, memory_mib: 256 + 8 + 64 });
+        assert_eq!(
+            size(&hints, &BOUNDS),
+            Size {
+                vcpus: 2,
+                memory_mib: 256 + 8 + 64
+            }
+        );
     }
 
     #[test]
     fn cpu_lists_are_counted() {
-        for (list, count) in [("", 0), ("0", 1), ("0-3,8", 5), (" 1 , 3-4 ", 3), ("4-1", 0), ("x", 0), ("0-4294967295", u32::MAX)] {
+        for (list, count) in [
+            ("", 0),
+            ("0", 1),
+            ("0-3,8", 5),
+            (" 1 , 3-4 ", 3),
+            ("4-1", 0),
+            ("x", 0),
+            ("0-4294967295", u32::MAX),
+        ] {
             assert_eq!(count_cpus(list), count, "{list:?}");
         }
     }

@@ -1,0 +1,107 @@
+//! The pod's cgroup on the host: where its VMM is accounted, below the limits that the engine has set for the pod.
+//!
+//! The limits of one container are enforced by the guest's kernel; here only the whole counts. The VMM goes into the cgroup
+//! that the spec names for the container, so whatever limits its parents carry (a Kubernetes pod's cgroup) bind the VM.
+
+use std::{
+    fs, io,
+    path::{Component, Path, PathBuf},
+};
+
+/// The unified hierarchy.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Whether the host has the unified hierarchy (cgroup v2).
+pub fn is_unified() -> bool {
+    Path::new(ROOT).join("cgroup.controllers").exists()
+}
+
+/// A cgroup that husk made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodCgroup(PathBuf);
+
+impl PodCgroup {
+    /// Where the spec's `cgroupsPath` lies; `None` where it names none that can be used. A systemd triple (`slice:prefix:name`) becomes the scope that
+    /// systemd would make.
+    fn locate(root: &Path, cgroups_path: &Path) -> Option<PathBuf> {
+        let text = cgroups_path.to_str()?;
+        let below = match text.split(':').collect::<Vec<_>>().as_slice() {
+            [slice, prefix, name] => slice_path(slice).join(format!("{prefix}-{name}.scope")),
+            _ => cgroups_path.to_owned(),
+        };
+        let mut path = root.to_owned();
+        for component in below.components() {
+            match component {
+                Component::Normal(name) => path.push(name),
+                Component::RootDir | Component::CurDir => {}
+                Component::ParentDir | Component::Prefix(_) => return None,
+            }
+        }
+        (path != root).then_some(path)
+    }
+
+    /// Makes the cgroup and puts the process in.
+    ///
+    /// # Errors
+    /// When the file system refuses; nothing of it stays then.
+    pub fn place(cgroups_path: &Path, pid: u32) -> io::Result<Option<Self>> {
+        let Some(path) = Self::locate(Path::new(ROOT), cgroups_path) else {
+            return Ok(None);
+        };
+        fs::create_dir_all(&path)?;
+        let cgroup = Self(path);
+        match fs::write(cgroup.0.join("cgroup.procs"), pid.to_string()) {
+            Ok(()) => Ok(Some(cgroup)),
+            Err(error) => {
+                // Nobody is in it: it goes at once, or is not ours.
+                let _ = fs::remove_dir(&cgroup.0);
+                Err(error)
+            }
+        }
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+/// The directories of a slice: `a-b.slice` lies in `a.slice`.
+fn slice_path(slice: &str) -> PathBuf {
+    let name = slice.strip_suffix(".slice").unwrap_or(slice);
+    let mut path = PathBuf::new();
+    if name.is_empty() || name == "-" {
+        return path;
+    }
+    let mut prefix = String::new();
+    for part in name.split('-') {
+        if !prefix.is_empty() {
+            prefix.push('-');
+        }
+        prefix.push_str(part);
+        path.push(format!("{prefix}.slice"));
+    }
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_both_drivers() {
+        let locate = |path: &str| {
+            PodCgroup::locate(Path::new("/c"), Path::new(path)).map(|p| p.display().to_string())
+        };
+        assert_eq!(locate("/default/box").as_deref(), Some("/c/default/box"));
+        assert_eq!(locate("rel/box").as_deref(), Some("/c/rel/box"));
+        assert_eq!(
+            locate("kubepods-burstable-pod1.slice:cri-containerd:abc").as_deref(),
+            Some(
+                "/c/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope"
+            )
+        );
+        assert_eq!(locate("/a/../../etc"), None);
+        assert_eq!(locate("/"), None);
+    }
+}

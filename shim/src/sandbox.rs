@@ -1,0 +1,416 @@
+//! One pod: one VM, from the request for it to its last trace.
+//!
+//! The VM is started as soon as the shim serves, while containerd is still on its way with the Create request and its mounts: what
+//! a container needs from the host and what it needs from the VM are prepared side by side. Whatever ends the VM, a
+//! person's Shutdown, a kernel panic or a `kill -9` of the VMM, arrives at one place ([`Phase::Gone`], with the reason), and everyone
+//! who waits for the guest waits for that as well.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::{Duration, SystemTime},
+};
+
+use husk_protocol::{
+    agent::{CreateSandboxRequest, Share as AgentShare},
+    guest_path, ports,
+};
+use tokio::{
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+use tracing::{Instrument as _, debug, info, info_span, warn};
+
+use crate::{
+    agent::Agent,
+    cgroup::{self, PodCgroup},
+    config::Config,
+    context::ShimContext,
+    error::chain,
+    phase::{Phase, PhaseSender, PhaseWatch},
+    share::Share,
+    sizing::{self, Bounds, Size},
+    spec::BundleSpec,
+    state::{PodDir, ProcessId},
+    streams::{self, Streams},
+    timing::{Moment, Point, Timeline},
+    vm::{
+        Driver, GuestConnection, LaunchPlan, Machine, VmError,
+        console::{self, Tail},
+        quote_console,
+    },
+};
+
+/// How long the guest may take to power itself off.
+const POWER_OFF: Duration = Duration::from_secs(2);
+
+/// How long a killed VMM may take to be reaped.
+const REAP: Duration = Duration::from_secs(5);
+
+/// Bytes that seed the guest's random pool: the strength of any key it will make.
+const ENTROPY_LEN: usize = 64;
+
+/// One pod.
+pub struct Sandbox {
+    id: String,
+    bundle: PathBuf,
+    config: Config,
+    pod: PodDir,
+    share: Share,
+    streams: Streams,
+    phase: PhaseSender,
+    machine: OnceLock<Arc<dyn Machine>>,
+    size: OnceLock<Size>,
+    /// Why the shim itself ended the VM, where it did.
+    doom: OnceLock<String>,
+    timeline: Timeline,
+}
+
+impl Sandbox {
+    /// Starts the pod's VM in the background. Its state tells how that goes. Must be called within a tokio runtime.
+    pub fn start(context: &ShimContext, driver: Arc<dyn Driver>) -> Arc<Self> {
+        let sandbox = Arc::new(Self {
+            id: context.sandbox_id.clone(),
+            bundle: context.bundle.clone(),
+            config: context.config.clone(),
+            pod: context.pod.clone(),
+            share: Share::new(context.pod.share()),
+            streams: Streams::default(),
+            phase: PhaseSender::default(),
+            machine: OnceLock::new(),
+            size: OnceLock::new(),
+            doom: OnceLock::new(),
+            timeline: Timeline::default(),
+        });
+        sandbox
+            .timeline
+            .mark_at(Point::ShimStarted, Moment::process_start());
+        let starting = Arc::clone(&sandbox);
+        let span = info_span!("sandbox", pod = sandbox.id);
+        tokio::spawn(async move { starting.bring_up(driver).await }.instrument(span));
+        sandbox
+    }
+
+    /// Its state.
+    pub fn phase(&self) -> PhaseWatch {
+        self.phase.watch()
+    }
+
+    /// The pod's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The pod's share.
+    pub fn share(&self) -> &Share {
+        &self.share
+    }
+
+    /// The pod's streams.
+    pub fn streams(&self) -> &Streams {
+        &self.streams
+    }
+
+    /// The points of this start.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// vCPUs of the VM; those of the configuration before it is known.
+    pub fn vcpus(&self) -> u8 {
+        self.size
+            .get()
+            .map_or(self.config.default_vcpus, |size| size.vcpus)
+    }
+
+    /// The VMM's pid, which stands for every process in the guest; the shim's own before there is one. Never 0.
+    pub fn pid(&self) -> u32 {
+        self.machine
+            .get()
+            .map_or_else(std::process::id, |machine| machine.pid())
+    }
+
+    async fn bring_up(self: Arc<Self>, driver: Arc<dyn Driver>) {
+        match self.boot(driver).await {
+            Ok(agent) => {
+                if !self.phase.advance(Phase::Running(agent)) {
+                    debug!("the guest is ready, but the pod is being stopped already");
+                }
+            }
+            Err(error) => {
+                let reason = chain(&error);
+                warn!(reason, "the VM cannot be started");
+                match self.machine.get() {
+                    Some(_) => self.kill(&reason).await,
+                    None => drop(self.phase.advance(Phase::Gone {
+                        reason: reason.into(),
+                    })),
+                }
+            }
+        }
+    }
+
+    /// The start, top to bottom.
+    async fn boot(self: &Arc<Self>, driver: Arc<dyn Driver>) -> Result<Agent, VmError> {
+        self.timeline.mark(Point::VmRequested);
+        let share_root = self.share.open_root().map_err(|source| VmError::Host {
+            doing: "open the pod's share",
+            source,
+        })?;
+        let spawned = driver.spawn(share_root)?;
+        let machine = Arc::clone(&spawned.machine);
+        // Nobody else sets it.
+        let _ = self.machine.set(Arc::clone(&machine));
+        self.watch_end(&machine);
+        let (agent_sender, agent_connection) = oneshot::channel();
+        tokio::spawn(Arc::clone(self).dispatch(spawned.connections, agent_sender));
+
+        let plan = self.plan(machine.pid()).await?;
+        info!(
+            vcpus = plan.size.vcpus,
+            memory_mib = plan.size.memory_mib,
+            vmm = machine.pid(),
+            "starting the VM"
+        );
+        let limit = self.config.start_timeout;
+        let connect = async {
+            let times = machine
+                .launch(plan)
+                .instrument(info_span!("launch"))
+                .await?;
+            self.timeline
+                .mark_at(Point::VcpusRunning, Moment(times.vcpus_running));
+            let connection = agent_connection
+                .instrument(info_span!("kernel_to_agent"))
+                .await;
+            connection.map_err(|_| VmError::Ended("its vsock bridge closed".into()))
+        };
+        let ended = || async {
+            let reason = self.phase.watch().gone().await;
+            VmError::Ended(reason.to_string())
+        };
+        let stream = tokio::select! {
+            biased;
+            connected = timeout(limit, connect) => match connected {
+                Ok(Ok(stream)) => stream,
+                // The VMM's own reason says more than that its sockets closed.
+                Ok(Err(VmError::Ended(said))) => return Err(timeout(REAP, ended()).await.unwrap_or(VmError::Ended(said))),
+                Ok(Err(error)) => return Err(error),
+                Err(_) => return Err(VmError::Silent { limit, console: quote_console(&machine.console_tail()) }),
+            },
+            error = ended() => return Err(error),
+        };
+        self.timeline.mark(Point::AgentConnected);
+        let agent = Agent::new(stream, self.phase.watch());
+        let guest = agent
+            .create_sandbox(&self.sandbox_request()?)
+            .instrument(info_span!("create_sandbox"))
+            .await
+            .map_err(|e| VmError::Other(format!("the guest cannot be set up: {}", e.message())))?;
+        self.timeline.mark(Point::SandboxReady);
+        info!(
+            kernel = guest.kernel_release,
+            agent = guest.agent_version,
+            cpus = guest.online_cpus,
+            memory_bytes = guest.memory_bytes,
+            "the guest is ready"
+        );
+        Ok(agent)
+    }
+
+    /// Reads what the VM must be from the bundle, and gives the VMM its place on the host.
+    async fn plan(&self, vmm: u32) -> Result<LaunchPlan, VmError> {
+        let (bundle, config, pod, id) = (
+            self.bundle.clone(),
+            self.config.clone(),
+            self.pod.clone(),
+            self.id.clone(),
+        );
+        let planned = tokio::task::spawn_blocking(move || {
+            let spec = BundleSpec::load(&bundle).map_err(|e| VmError::Other(chain(&e)))?;
+            let cgroup = spec
+                .cgroups_path()
+                .and_then(|path| place_in_cgroup(path, vmm));
+            let process = i32::try_from(vmm)
+                .ok()
+                .and_then(|pid| ProcessId::of(pid).ok());
+            let recorded = pod.update(|state| {
+                state.vmm = process;
+                state.cgroup = cgroup.map(|c| c.path().to_owned());
+            });
+            if let Err(error) = recorded {
+                warn!(%error, "cannot record the VMM in the pod's state file");
+            }
+            plan_for(&spec, &config, id)
+        });
+        let plan = planned
+            .await
+            .map_err(|e| VmError::Other(format!("cannot plan the VM: {e}")))??;
+        let _ = self.size.set(plan.size);
+        Ok(plan)
+    }
+
+    fn sandbox_request(&self) -> Result<CreateSandboxRequest, VmError> {
+        let mut entropy = vec![0; ENTROPY_LEN];
+        streams::random(&mut entropy).map_err(|source| VmError::Host {
+            doing: "read random bytes for the guest",
+            source,
+        })?;
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        Ok(CreateSandboxRequest {
+            sandbox_id: self.id.clone(),
+            shares: vec![AgentShare {
+                tag: guest_path::SHARE_TAG.into(),
+                path: guest_path::SHARE.into(),
+                ..Default::default()
+            }],
+            wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            entropy,
+            ..Default::default()
+        })
+    }
+
+    /// Gives each connection of the guest to whom it belongs, and closes those that belong to nobody.
+    async fn dispatch(
+        self: Arc<Self>,
+        mut connections: mpsc::Receiver<GuestConnection>,
+        agent: oneshot::Sender<UnixStream>,
+    ) {
+        let mut agent = Some(agent);
+        let mut log_taken = false;
+        while let Some(GuestConnection { port, stream }) = connections.recv().await {
+            match port {
+                ports::STREAM => self.streams.accept(stream),
+                ports::AGENT if agent.is_some() => {
+                    if let Some(sender) = agent.take() {
+                        // Nobody waits any more: the start was given up.
+                        let _ = sender.send(stream);
+                    }
+                }
+                ports::LOG if !log_taken => {
+                    log_taken = true;
+                    let pod = self.id.clone();
+                    tokio::spawn(console::follow(stream, Tail::default(), move |line| {
+                        info!(target: "husk_agent", pod, "{line}");
+                    }));
+                }
+                _ => debug!(port, "the guest dialled a port that nobody serves, closed"),
+            }
+        }
+    }
+
+    /// From here on the end of the VM is told to everyone.
+    fn watch_end(self: &Arc<Self>, machine: &Arc<dyn Machine>) {
+        let sandbox = Arc::clone(self);
+        let mut ended = machine.ended();
+        tokio::spawn(async move {
+            let end = match ended.wait_for(Option::is_some).await {
+                Ok(end) => end.clone(),
+                Err(_) => None,
+            };
+            let seen = match end {
+                Some(end) if end.console.is_empty() => end.reason.clone(),
+                Some(end) => format!("{}; {}", end.reason, quote_console(&end.console)),
+                None => "nobody knows why".to_owned(),
+            };
+            let reason = sandbox.doom.get().cloned().unwrap_or(seen);
+            info!(pod = sandbox.id, reason, "the VM has gone");
+            sandbox.timeline.mark(Point::Reaped);
+            sandbox.timeline.log_end(&sandbox.id);
+            sandbox.phase.advance(Phase::Gone {
+                reason: reason.into(),
+            });
+        });
+    }
+
+    /// Ends the VM without asking the guest, and waits until it is over.
+    pub async fn kill(&self, reason: &str) {
+        let _ = self.doom.set(reason.to_owned());
+        match self.machine.get() {
+            Some(machine) => machine.kill(),
+            None => drop(self.phase.advance(Phase::Gone {
+                reason: reason.into(),
+            })),
+        }
+        if timeout(REAP, self.phase.watch().gone()).await.is_err() {
+            warn!(pod = self.id, "the VMM does not end although it was killed");
+            self.phase.advance(Phase::Gone {
+                reason: reason.into(),
+            });
+        }
+    }
+
+    /// Takes the pod down: the guest may end what runs and write back what it holds, then the VM goes. Idempotent.
+    pub async fn stop(&self) {
+        let before = self.phase.watch().now();
+        self.phase.advance(Phase::Stopping);
+        if let Phase::Running(agent) = before {
+            let off = async {
+                if let Err(error) = agent.destroy_sandbox().await {
+                    debug!(%error, "the guest ended without an answer");
+                }
+                self.phase.watch().gone().await
+            };
+            if timeout(POWER_OFF, off).await.is_ok() {
+                return;
+            }
+            warn!(
+                pod = self.id,
+                "the guest does not power itself off within {POWER_OFF:?}, ended by force"
+            );
+        }
+        self.kill("the pod was stopped").await;
+    }
+}
+
+/// Size and parameters, from the spec's limits and annotations and the node's settings.
+fn plan_for(spec: &BundleSpec, config: &Config, id: String) -> Result<LaunchPlan, VmError> {
+    let overrides = config
+        .overrides(&spec.annotations())
+        .map_err(|e| VmError::Other(e.to_string()))?;
+    let bounds = Bounds {
+        default: Size {
+            vcpus: config.default_vcpus,
+            memory_mib: config.default_memory_mib,
+        },
+        max: Size {
+            vcpus: config.max_vcpus,
+            memory_mib: config.max_memory_mib,
+        },
+    };
+    let mut size = sizing::size(&spec.hints(), &bounds);
+    size.vcpus = overrides.vcpus.unwrap_or(size.vcpus);
+    size.memory_mib = overrides.memory_mib.unwrap_or(size.memory_mib);
+    let params: Vec<&str> = [
+        Some(config.kernel_params.as_str()),
+        overrides.kernel_params.as_deref(),
+    ]
+    .into_iter()
+    .flatten()
+    .filter(|p| !p.trim().is_empty())
+    .collect();
+    Ok(LaunchPlan {
+        id,
+        size,
+        kernel_params: params.join(" "),
+        debug_console: overrides.debug_console.unwrap_or(config.debug_console),
+    })
+}
+
+/// A pod without its cgroup still runs: the engine may have given a path that this host's cgroups do not offer.
+fn place_in_cgroup(path: &Path, vmm: u32) -> Option<PodCgroup> {
+    if !cgroup::is_unified() {
+        warn!("the host has cgroup v1: the VMM stays in the shim's cgroup");
+        return None;
+    }
+    match PodCgroup::place(path, vmm) {
+        Ok(cgroup) => cgroup,
+        Err(error) => {
+            warn!(%error, path = %path.display(), "the VMM stays in the shim's cgroup");
+            None
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! A container's figures, from the guest's cgroup v2 files into containerd's messages.
+//!
+//! containerd takes the version that its host has, so a host with cgroup v1 gets the old message; both come from the
+//! same figures.
+
+use std::collections::HashMap;
+
+use containerd_shim_protos::{
+    cgroups::metrics as v1,
+    cgroups_v2::metrics as v2,
+    protobuf::{Message, well_known_types::any::Any},
+};
+use husk_protocol::agent::{ContainerStatsResponse, CpuStats, MemoryStats};
+
+/// containerd's type name, without a prefix: it compares the whole string.
+const V2_URL: &str = "io.containerd.cgroups.v2.Metrics";
+const V1_URL: &str = "io.containerd.cgroups.v1.Metrics";
+
+/// The answer to Stats.
+///
+/// # Errors
+/// When a message cannot be encoded.
+pub fn metrics(
+    stats: &ContainerStatsResponse,
+    unified: bool,
+) -> Result<Any, containerd_shim_protos::protobuf::Error> {
+    let (type_url, value) = if unified {
+        (V2_URL, v2_metrics(stats).write_to_bytes()?)
+    } else {
+        (V1_URL, v1_metrics(stats).write_to_bytes()?)
+    };
+    Ok(Any {
+        type_url: type_url.to_owned(),
+        value,
+        ..Default::default()
+    })
+}
+
+struct Named<'a>(&'a HashMap<String, u64>);
+
+impl Named<'_> {
+    fn get(&self, name: &str) -> u64 {
+        self.0.get(name).copied().unwrap_or(0)
+    }
+}
+
+fn v2_metrics(stats: &ContainerStatsResponse) -> v2::Metrics {
+    let io = stats.io.iter().map(|io| v2::IOEntry {
+        major: io.major,
+        minor: io.minor,
+        rbytes: io.rbytes,
+        wbytes: io.wbytes,
+        rios: io.rios,
+        wios: io.wios,
+        ..Default::default()
+    });
+    let hugetlb = stats.hugetlb.iter().map(|h| v2::HugeTlbStat {
+        current: h.current,
+        max: h.max,
+        pagesize: h.page_size.clone(),
+        ..Default::default()
+    });
+    v2::Metrics {
+        pids: Some(v2::PidsStat {
+            current: stats.pids.current,
+            limit: stats.pids.limit,
+            ..Default::default()
+        })
+        .into(),
+        cpu: Some(v2_cpu(&stats.cpu)).into(),
+        memory: Some(v2_memory(&stats.memory)).into(),
+        memory_events: Some(v2_events(&stats.memory)).into(),
+        io: Some(v2::IOStat {
+            usage: io.collect(),
+            ..Default::default()
+        })
+        .into(),
+        hugetlb: hugetlb.collect(),
+        ..Default::default()
+    }
+}
+
+fn v2_cpu(cpu: &CpuStats) -> v2::CPUStat {
+    v2::CPUStat {
+        usage_usec: cpu.usage_usec,
+        user_usec: cpu.user_usec,
+        system_usec: cpu.system_usec,
+        nr_periods: cpu.nr_periods,
+        nr_throttled: cpu.nr_throttled,
+        throttled_usec: cpu.throttled_usec,
+        ..Default::default()
+    }
+}
+
+fn v2_memory(memory: &MemoryStats) -> v2::MemoryStat {
+    let stat = Named(&memory.stat);
+    v2::MemoryStat {
+        anon: stat.get("anon"),
+        file: stat.get("file"),
+        kernel_stack: stat.get("kernel_stack"),
+        slab: stat.get("slab"),
+        sock: stat.get("sock"),
+        shmem: stat.get("shmem"),
+        file_mapped: stat.get("file_mapped"),
+        file_dirty: stat.get("file_dirty"),
+        file_writeback: stat.get("file_writeback"),
+        anon_thp: stat.get("anon_thp"),
+        inactive_anon: stat.get("inactive_anon"),
+        active_anon: stat.get("active_anon"),
+        inactive_file: stat.get("inactive_file"),
+        active_file: stat.get("active_file"),
+        unevictable: stat.get("unevictable"),
+        slab_reclaimable: stat.get("slab_reclaimable"),
+        slab_unreclaimable: stat.get("slab_unreclaimable"),
+        pgfault: stat.get("pgfault"),
+        pgmajfault: stat.get("pgmajfault"),
+        // Split into anon and file since Linux 5.9.
+        workingset_refault: stat.get("workingset_refault_anon")
+            + stat.get("workingset_refault_file"),
+        workingset_activate: stat.get("workingset_activate_anon")
+            + stat.get("workingset_activate_file"),
+        workingset_nodereclaim: stat.get("workingset_nodereclaim"),
+        pgrefill: stat.get("pgrefill"),
+        pgscan: stat.get("pgscan"),
+        pgsteal: stat.get("pgsteal"),
+        pgactivate: stat.get("pgactivate"),
+        pgdeactivate: stat.get("pgdeactivate"),
+        pglazyfree: stat.get("pglazyfree"),
+        pglazyfreed: stat.get("pglazyfreed"),
+        thp_fault_alloc: stat.get("thp_fault_alloc"),
+        thp_collapse_alloc: stat.get("thp_collapse_alloc"),
+        usage: memory.usage,
+        usage_limit: memory.usage_limit,
+        swap_usage: memory.swap_usage,
+        swap_limit: memory.swap_limit,
+        ..Default::default()
+    }
+}
+
+fn v2_events(memory: &MemoryStats) -> v2::MemoryEvents {
+    let events = Named(&memory.events);
+    v2::MemoryEvents {
+        low: events.get("low"),
+        high: events.get("high"),
+        max: events.get("max"),
+        oom: events.get("oom"),
+        oom_kill: events.get("oom_kill"),
+        oom_group_kill: events.get("oom_group_kill"),
+        ..Default::default()
+    }
+}
+
+fn v1_metrics(stats: &ContainerStatsResponse) -> v1::Metrics {
+    let stat = Named(&stats.memory.stat);
+    let nanos = |usec: u64| usec.saturating_mul(1000);
+    let cpu = v1::CPUStat {
+        usage: Some(v1::CPUUsage {
+            total: nanos(stats.cpu.usage_usec),
+            kernel: nanos(stats.cpu.system_usec),
+            user: nanos(stats.cpu.user_usec),
+            ..Default::default()
+        })
+        .into(),
+        throttling: Some(v1::Throttle {
+            periods: stats.cpu.nr_periods,
+            throttled_periods: stats.cpu.nr_throttled,
+            throttled_time: nanos(stats.cpu.throttled_usec),
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    let memory = v1::MemoryStat {
+        cache: stat.get("file"),
+        rss: stat.get("anon"),
+        mapped_file: stat.get("file_mapped"),
+        pg_fault: stat.get("pgfault"),
+        pg_maj_fault: stat.get("pgmajfault"),
+        inactive_anon: stat.get("inactive_anon"),
+        active_anon: stat.get("active_anon"),
+        inactive_file: stat.get("inactive_file"),
+        active_file: stat.get("active_file"),
+        unevictable: stat.get("unevictable"),
+        // kubelet computes the working set from this one.
+        total_inactive_file: stat.get("inactive_file"),
+        usage: Some(v1::MemoryEntry {
+            usage: stats.memory.usage,
+            limit: stats.memory.usage_limit,
+            ..Default::default()
+        })
+        .into(),
+        swap: Some(v1::MemoryEntry {
+            usage: stats.memory.swap_usage,
+            limit: stats.memory.swap_limit,
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    v1::Metrics {
+        pids: Some(v1::PidsStat {
+            current: stats.pids.current,
+            limit: stats.pids.limit,
+            ..Default::default()
+        })
+        .into(),
+        cpu: Some(cpu).into(),
+        memory: Some(memory).into(),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_protocol::agent::PidsStats;
+
+    use super::*;
+
+    #[test]
+    fn both_versions_carry_the_same_figures() {
+        let stats = ContainerStatsResponse {
+            cpu: Some(CpuStats {
+                usage_usec: 7,
+                ..Default::default()
+            })
+            .into(),
+            memory: Some(MemoryStats {
+                usage: 4096,
+                usage_limit: u64::MAX,
+                stat: HashMap::from([("anon".into(), 3), ("workingset_refault_file".into(), 2)]),
+                events: HashMap::from([("oom_kill".into(), 1)]),
+                ..Default::default()
+            })
+            .into(),
+            pids: Some(PidsStats {
+                current: 5,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        let any = metrics(&stats, true).unwrap();
+        assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
+        let new = v2::Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(
+            (
+                new.memory.usage,
+                new.memory.anon,
+                new.memory.workingset_refault
+            ),
+            (4096, 3, 2)
+        );
+        assert_eq!(
+            (
+                new.memory_events.oom_kill,
+                new.pids.current,
+                new.cpu.usage_usec
+            ),
+            (1, 5, 7)
+        );
+        let any = metrics(&stats, false).unwrap();
+        assert_eq!(any.type_url, "io.containerd.cgroups.v1.Metrics");
+        let old = v1::Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(
+            (
+                old.cpu.usage.total,
+                old.memory.usage.usage,
+                old.pids.current
+            ),
+            (7000, 4096, 5)
+        );
+    }
+}

@@ -1,0 +1,315 @@
+//! The pod's containers: who is there, who is on its way in or out, and when the shim is done.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use containerd_shim_protos::{events::task as events, types::mount::Mount};
+use husk_protocol::agent::event::Kind;
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+use crate::{
+    container::{Container, Parts},
+    context::ShimContext,
+    delete,
+    error::{TaskError, chain},
+    lifecycle::Exit,
+    mount::MountRequest,
+    phase::Phase,
+    sandbox::Sandbox,
+    spec::{BundleSpec, GuestPaths},
+    stdio::StdioPaths,
+    timing::Point,
+    vm::Driver,
+};
+
+/// How long the end of the pod waits for a start or delete of its namespace.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+enum Slot {
+    /// A Create is on its way.
+    Creating,
+    Ready(Arc<Container>),
+}
+
+/// Every task of one pod.
+pub struct Tasks {
+    context: ShimContext,
+    sandbox: Arc<Sandbox>,
+    slots: Mutex<BTreeMap<String, Slot>>,
+    done: watch::Sender<bool>,
+}
+
+/// A Create request.
+pub struct Create {
+    /// Container id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// What makes up its root file system; none: the spec's root.path.
+    pub rootfs: Vec<Mount>,
+    /// Its streams.
+    pub paths: StdioPaths,
+}
+
+impl Tasks {
+    /// Starts the pod. Must be called within a tokio runtime.
+    pub fn start(context: ShimContext, driver: Arc<dyn Driver>) -> Arc<Self> {
+        let sandbox = Sandbox::start(&context, driver);
+        let tasks = Arc::new(Self {
+            context,
+            sandbox,
+            slots: Mutex::default(),
+            done: watch::Sender::new(false),
+        });
+        tokio::spawn(Arc::clone(&tasks).follow_events());
+        tasks
+    }
+
+    fn slots(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The container of this id.
+    ///
+    /// # Errors
+    /// NotFound; FailedPrecondition while it is being created.
+    pub fn get(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        match self.slots().get(id) {
+            Some(Slot::Ready(container)) => Ok(Arc::clone(container)),
+            Some(Slot::Creating) => Err(TaskError::failed_precondition(format!(
+                "container {id:?} is being created"
+            ))),
+            None => Err(TaskError::not_found(format!(
+                "container {id:?} not found: container does not exist"
+            ))),
+        }
+    }
+
+    /// The pod.
+    pub fn sandbox(&self) -> &Arc<Sandbox> {
+        &self.sandbox
+    }
+
+    /// Create.
+    ///
+    /// # Errors
+    /// AlreadyExists, or what is wrong with the bundle, its mounts, the VM or the spec; nothing of the container stays then.
+    pub async fn create(self: &Arc<Self>, request: Create) -> Result<u32, TaskError> {
+        let id = request.id.clone();
+        self.sandbox.timeline().mark(Point::CreateReceived);
+        {
+            let mut slots = self.slots();
+            if slots.contains_key(&id) {
+                return Err(TaskError::already_exists(format!(
+                    "container {id:?} already exists"
+                )));
+            }
+            slots.insert(id.clone(), Slot::Creating);
+        }
+        match Box::pin(self.create_in_slot(request)).await {
+            Ok(container) => Ok(container.pid()),
+            Err(error) => {
+                warn!(container = id, %error, "the container cannot be created");
+                self.slots().remove(&id);
+                self.stop_if_empty();
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_in_slot(
+        self: &Arc<Self>,
+        request: Create,
+    ) -> Result<Arc<Container>, TaskError> {
+        let id = request.id.clone();
+        let files = self.add_files(&request);
+        let phase = self.sandbox.phase();
+        let (files, agent) = tokio::join!(files, phase.agent());
+        let (spec, paths) = files?;
+        let made = async {
+            let agent = agent.map_err(|reason| TaskError::failed(reason.to_string()))?;
+            let spec_json = serde_json::to_vec(&spec.for_guest(&paths, self.sandbox.vcpus()))
+                .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
+            let parts = Parts {
+                id: id.clone(),
+                bundle: request.bundle.clone(),
+                namespace: self.context.namespace.clone(),
+                sandbox: Arc::clone(&self.sandbox),
+                publisher: self.context.publisher.clone(),
+                paths: request.paths.clone(),
+            };
+            let container = Container::create(parts, &agent, spec_json).await?;
+            Ok((container, agent))
+        };
+        match made.await {
+            Ok((container, agent)) => {
+                self.sandbox.timeline().mark(Point::Created);
+                self.announce_create(&request);
+                self.slots().insert(id, Slot::Ready(Arc::clone(&container)));
+                container.follow_init(&agent);
+                Ok(container)
+            }
+            Err(error) => {
+                self.remove_failed(&id).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Loads the spec and brings the container's files into the share.
+    async fn add_files(&self, request: &Create) -> Result<(BundleSpec, GuestPaths), TaskError> {
+        let (share, id, bundle) = (
+            self.sandbox.share().clone(),
+            request.id.clone(),
+            request.bundle.clone(),
+        );
+        let rootfs: Vec<MountRequest> = request.rootfs.iter().map(mount_request).collect();
+        let added = tokio::task::spawn_blocking(move || {
+            let spec =
+                BundleSpec::load(&bundle).map_err(|e| TaskError::invalid_argument(chain(&e)))?;
+            let paths = share
+                .add(&id, &rootfs, &spec)
+                .map_err(|e| TaskError::failed(chain(&e)))?;
+            Ok((spec, paths))
+        });
+        let added = added
+            .await
+            .map_err(|e| TaskError::failed(format!("cannot prepare the container's files: {e}")))?;
+        self.sandbox.timeline().mark(Point::RootfsReady);
+        added
+    }
+
+    /// Takes out what a failed create has brought in.
+    async fn remove_failed(&self, id: &str) {
+        if let Phase::Running(agent) = self.sandbox.phase().now()
+            && let Err(error) = agent.delete_container(id).await
+        {
+            debug!(container = id, %error, "the guest had nothing of the failed container");
+        }
+        let (share, id) = (self.sandbox.share().clone(), id.to_owned());
+        if let Err(error) = tokio::task::spawn_blocking(move || share.remove(&id)).await {
+            warn!(%error, "the files of a failed container were not cleared away");
+        }
+    }
+
+    fn announce_create(&self, request: &Create) {
+        let paths = &request.paths;
+        let io = events::TaskIO {
+            stdin: paths.stdin.clone(),
+            stdout: paths.stdout.clone(),
+            stderr: paths.stderr.clone(),
+            terminal: paths.terminal,
+            ..Default::default()
+        };
+        self.context.publisher.send(events::TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.display().to_string(),
+            rootfs: request.rootfs.clone(),
+            io: Some(io).into(),
+            pid: self.sandbox.pid(),
+            ..Default::default()
+        });
+    }
+
+    /// Delete of a container.
+    ///
+    /// # Errors
+    /// NotFound, or FailedPrecondition while it runs.
+    pub async fn delete(&self, id: &str) -> Result<(u32, Exit), TaskError> {
+        let container = self.get(id)?;
+        let exit = container.delete().await?;
+        let removed = self.slots().remove(id);
+        if removed.is_none() {
+            return Err(TaskError::not_found(format!(
+                "container {id:?} not found: it was deleted meanwhile"
+            )));
+        }
+        container.announce_delete(exit);
+        let (pod, name) = (self.context.pod.clone(), id.to_owned());
+        tokio::task::spawn_blocking(move || {
+            let forgotten = pod.update(|state| {
+                state.containers.remove(&name);
+            });
+            if let Err(error) = forgotten {
+                debug!(%error, "the pod's state file is not there any more");
+            }
+        });
+        self.stop_if_empty();
+        Ok((container.pid(), exit))
+    }
+
+    /// With its last container the pod ends; the VM goes down while containerd is on its way with Shutdown.
+    fn stop_if_empty(&self) {
+        if self.slots().is_empty() {
+            let sandbox = Arc::clone(&self.sandbox);
+            tokio::spawn(async move { sandbox.stop().await });
+        }
+    }
+
+    /// Shutdown: nothing while a container remains. Returns when everything of the pod has gone, so that its id can be used again.
+    pub async fn shutdown(&self) {
+        let left = self.slots().len();
+        if left > 0 {
+            debug!(left, "not shutting down: the pod still has containers");
+            return;
+        }
+        self.sandbox.stop().await;
+        let pod = self.context.pod.clone();
+        let cleared = tokio::task::spawn_blocking(move || {
+            let _lock = pod.lock_namespace(LOCK_PATIENCE);
+            delete::clear_pod(&pod)
+        });
+        match cleared.await {
+            Ok(problems) if problems.is_empty() => info!("the pod has been cleared away"),
+            outcome => warn!(?outcome, "the pod has not been cleared away completely"),
+        }
+        self.done.send_replace(true);
+    }
+
+    /// Resolves when the shim has nothing left to do.
+    pub async fn shut_down(&self) {
+        // The sender lives as long as this.
+        let _ = self.done.subscribe().wait_for(|&done| done).await;
+    }
+
+    /// Events that the guest tells unasked. The call that waits for them also shows when the agent has gone while the VM still
+    /// runs: nothing can be done with such a VM.
+    async fn follow_events(self: Arc<Self>) {
+        let Ok(agent) = self.sandbox.phase().agent().await else {
+            return;
+        };
+        loop {
+            match agent.next_event().await {
+                Ok(event) => match event.kind {
+                    Some(Kind::Oom(oom)) => match self.get(&event.container_id) {
+                        Ok(container) => container.announce_oom(oom.kills),
+                        Err(error) => debug!(%error, "an event of a container that is not there"),
+                    },
+                    _ => debug!("an event of a kind that this shim does not know"),
+                },
+                Err(error) => {
+                    if matches!(self.sandbox.phase().now(), Phase::Running(_)) {
+                        let reason = format!("the guest's agent has gone: {error}");
+                        warn!(reason, "the VM is ended");
+                        self.sandbox.kill(&reason).await;
+                    }
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn mount_request(mount: &Mount) -> MountRequest {
+    MountRequest {
+        kind: mount.type_.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    }
+}

@@ -1,0 +1,538 @@
+//! The container's OCI spec: read from the bundle, and rewritten for the guest.
+//!
+//! The spec was written for a process on this host. In the guest the root file system and the sources of bind mounts live
+//! below the pod's share, the host's namespaces, cgroups, security labels and devices do not exist, and its CPUs have other
+//! numbers. Everything else goes through as it is (also fields that husk does not know: the agent names those it
+//! does not honour), so the rewriting works on the JSON value and only reads through the typed spec.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::Spec;
+use serde_json::{Map, Value, json};
+use tracing::{info, warn};
+
+use crate::sizing::{self, Hints};
+
+/// Name of the spec in a bundle.
+const CONFIG: &str = "config.json";
+
+/// Why a bundle cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// No spec, or one that cannot be read.
+    #[error("cannot read the container's spec {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not a spec.
+    #[error("invalid container spec {path}: {source}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// No root file system.
+    #[error(
+        "invalid container spec {path}: it has no root.path, so there is no root file system to run"
+    )]
+    NoRoot {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// A bundle's spec.
+#[derive(Debug, Clone)]
+pub struct BundleSpec {
+    bundle: PathBuf,
+    value: Value,
+    typed: Spec,
+}
+
+/// A bind mount of the spec whose source is on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BindMount {
+    /// Its place in the spec's list.
+    pub index: usize,
+    /// Absolute path on the host.
+    pub source: PathBuf,
+    /// Mount points below the source come along (`rbind`).
+    pub recursive: bool,
+}
+
+/// Where the guest finds what the host prepared.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GuestPaths {
+    /// The container's root file system.
+    pub rootfs: String,
+    /// The container's cgroup.
+    pub cgroup: String,
+    /// By index in the spec's mount list: the path in the guest that replaces the source.
+    pub mounts: HashMap<usize, String>,
+}
+
+impl BundleSpec {
+    /// Reads the spec of a bundle.
+    ///
+    /// # Errors
+    /// [`SpecError`], naming the file and what is wrong with it.
+    pub fn load(bundle: &Path) -> Result<Self, SpecError> {
+        let path = bundle.join(CONFIG);
+        match std::fs::read(&path) {
+            Ok(bytes) => Self::parse(bundle, &bytes),
+            Err(source) => Err(SpecError::Read { path, source }),
+        }
+    }
+
+    /// Reads a spec out of bytes.
+    ///
+    /// # Errors
+    /// [`SpecError::Invalid`] and [`SpecError::NoRoot`].
+    pub fn parse(bundle: &Path, bytes: &[u8]) -> Result<Self, SpecError> {
+        let path = bundle.join(CONFIG);
+        let invalid = |source| SpecError::Invalid {
+            path: path.clone(),
+            source,
+        };
+        let value: Value = serde_json::from_slice(bytes).map_err(invalid)?;
+        // From the bytes once more: this way an error names its line.
+        let typed: Spec = serde_json::from_slice(bytes).map_err(invalid)?;
+        let has_root = typed
+            .root()
+            .as_ref()
+            .is_some_and(|root| !root.path().as_os_str().is_empty());
+        if !value.is_object() || !has_root {
+            return Err(SpecError::NoRoot { path });
+        }
+        Ok(Self {
+            bundle: bundle.to_owned(),
+            value,
+            typed,
+        })
+    }
+
+    /// The root file system that the spec names, absolute.
+    pub fn root_path(&self) -> PathBuf {
+        let path = self.typed.root().as_ref().map(|root| root.path().clone());
+        self.bundle.join(path.unwrap_or_default())
+    }
+
+    /// Annotations; empty where there are none.
+    pub fn annotations(&self) -> HashMap<String, String> {
+        self.typed.annotations().clone().unwrap_or_default()
+    }
+
+    /// The host name it asks for.
+    pub fn hostname(&self) -> Option<&str> {
+        self.typed.hostname().as_deref()
+    }
+
+    /// Its cgroup on the host.
+    pub fn cgroups_path(&self) -> Option<&Path> {
+        self.typed.linux().as_ref()?.cgroups_path().as_deref()
+    }
+
+    /// What the VM must offer: the pod's annotations where there are any, else this container's limits.
+    pub fn hints(&self) -> Hints {
+        let resources = self
+            .typed
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
+        let cpu = resources.and_then(|r| r.cpu().as_ref());
+        let cpus = cpu.and_then(|c| c.cpus().as_deref()).unwrap_or_default();
+        let own = Hints {
+            memory_limit: resources
+                .and_then(|r| r.memory().as_ref())
+                .and_then(|m| m.limit())
+                .unwrap_or(0),
+            cpu_quota: cpu.and_then(|c| c.quota()).unwrap_or(0),
+            cpu_period: cpu.and_then(|c| c.period()).unwrap_or(0),
+            cpu_shares: cpu.and_then(|c| c.shares()).unwrap_or(0),
+            cpuset_cpus: sizing::count_cpus(cpus),
+        };
+        Hints::from_annotations(&self.annotations()).unwrap_or(own)
+    }
+
+    /// Bind mounts whose source lies on this host and must be shared. Those of the kernel's own trees are not among
+    /// them: in the guest they mean the guest's.
+    pub fn bind_mounts(&self) -> Vec<BindMount> {
+        let mounts = self.value.get("mounts").and_then(Value::as_array);
+        let mut binds = Vec::new();
+        for (index, mount) in mounts.into_iter().flatten().enumerate() {
+            let Some(recursive) = bind_kind(mount) else {
+                continue;
+            };
+            let source = mount
+                .get("source")
+                .and_then(Value::as_str)
+                .unwrap_or_default();
+            let source = self.bundle.join(source);
+            if is_kernel_tree(&source) {
+                info!(source = %source.display(), "a bind mount of the kernel's own tree: the container gets the guest's");
+                continue;
+            }
+            binds.push(BindMount {
+                index,
+                source,
+                recursive,
+            });
+        }
+        binds
+    }
+
+    /// Where the n-th mount goes in the container, for messages.
+    pub fn mount_destination(&self, index: usize) -> String {
+        let mounts = self.typed.mounts().as_deref().unwrap_or_default();
+        mounts
+            .get(index)
+            .map(|mount| mount.destination().display().to_string())
+            .unwrap_or_default()
+    }
+
+    /// The spec as the agent gets it.
+    pub fn for_guest(&self, paths: &GuestPaths, vcpus: u8) -> Value {
+        let mut spec = self.value.clone();
+        if let Some(root) = spec.get_mut("root").and_then(Value::as_object_mut) {
+            root.insert("path".into(), json!(paths.rootfs));
+        }
+        if let Some(mounts) = spec.get_mut("mounts").and_then(Value::as_array_mut) {
+            for (index, mount) in mounts.iter_mut().enumerate() {
+                if let (Some(path), Some(mount)) = (paths.mounts.get(&index), mount.as_object_mut())
+                {
+                    mount.insert("source".into(), json!(path));
+                }
+            }
+        }
+        if let Some(process) = spec.get_mut("process") {
+            strip_labels(process);
+        }
+        drop_host_hooks(&mut spec);
+        if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
+            linux.insert("cgroupsPath".into(), json!(paths.cgroup));
+            linux.remove("mountLabel");
+            linux.remove("intelRdt");
+            drop_host_namespaces(linux);
+            drop_host_devices(linux);
+            if let Some(resources) = linux.get_mut("resources") {
+                renumber_cpus(resources, vcpus);
+            }
+        } else if let Some(spec) = spec.as_object_mut() {
+            spec.insert("linux".into(), json!({ "cgroupsPath": paths.cgroup }));
+        }
+        spec
+    }
+}
+
+/// `Some(recursive)` for a bind mount.
+fn bind_kind(mount: &Value) -> Option<bool> {
+    let kind = mount
+        .get("type")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    let options = mount.get("options").and_then(Value::as_array);
+    let mut options = options.into_iter().flatten().filter_map(Value::as_str);
+    let named: Vec<&str> = options
+        .by_ref()
+        .filter(|o| matches!(*o, "bind" | "rbind"))
+        .collect();
+    let is_bind = matches!(kind, "bind" | "rbind") || !named.is_empty();
+    is_bind.then(|| kind == "rbind" || named.contains(&"rbind"))
+}
+
+/// Trees that every kernel makes for itself. A host's device node, process or cgroup has no meaning in the guest.
+fn is_kernel_tree(source: &Path) -> bool {
+    ["/dev", "/proc", "/sys"]
+        .iter()
+        .any(|tree| source.starts_with(tree))
+}
+
+/// Makes a process object (the spec's, or an exec's) fit for the guest.
+pub fn strip_labels(process: &mut Value) {
+    if let Some(process) = process.as_object_mut() {
+        process.remove("apparmorProfile");
+        process.remove("selinuxLabel");
+    }
+}
+
+/// An exec's process, as JSON for the agent.
+///
+/// # Errors
+/// When it is not JSON.
+pub fn exec_process(json: &[u8]) -> Result<Value, serde_json::Error> {
+    let mut process: Value = serde_json::from_slice(json)?;
+    strip_labels(&mut process);
+    Ok(process)
+}
+
+/// Resources of an Update, as JSON for the agent.
+///
+/// # Errors
+/// When they are not JSON.
+pub fn update_resources(json: &[u8], vcpus: u8) -> Result<Value, serde_json::Error> {
+    let mut resources: Value = serde_json::from_slice(json)?;
+    renumber_cpus(&mut resources, vcpus);
+    Ok(resources)
+}
+
+/// Host programs cannot run in the guest; `startContainer` hooks are the container's own and do.
+fn drop_host_hooks(spec: &mut Value) {
+    let Some(hooks) = spec.get_mut("hooks").and_then(Value::as_object_mut) else {
+        return;
+    };
+    hooks.retain(|kind, list| {
+        if kind == "startContainer" {
+            return true;
+        }
+        for hook in list.as_array().into_iter().flatten() {
+            let path = hook.get("path").and_then(Value::as_str).unwrap_or_default();
+            warn!(
+                kind,
+                path,
+                "hook not run: it names a program of the host, and the container runs in a VM"
+            );
+        }
+        false
+    });
+}
+
+/// A namespace with a path is one of the host. The network one stands for the pod's: in the guest that is the guest's own.
+/// The others become new ones.
+fn drop_host_namespaces(linux: &mut Map<String, Value>) {
+    let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) else {
+        return;
+    };
+    let has_path = |ns: &Value| {
+        ns.get("path")
+            .and_then(Value::as_str)
+            .is_some_and(|path| !path.is_empty())
+    };
+    namespaces
+        .retain(|ns| !(has_path(ns) && ns.get("type").and_then(Value::as_str) == Some("network")));
+    for namespace in namespaces.iter_mut().filter_map(Value::as_object_mut) {
+        namespace.remove("path");
+    }
+}
+
+/// Devices by type, major and minor that a guest has whatever the host has: memory, tty and pty devices, fuse, tun.
+const GUEST_DEVICES: [(&str, i64, i64); 10] = [
+    ("c", 1, 3),
+    ("c", 1, 5),
+    ("c", 1, 7),
+    ("c", 1, 8),
+    ("c", 1, 9),
+    ("c", 5, 0),
+    ("c", 5, 1),
+    ("c", 5, 2),
+    ("c", 10, 200),
+    ("c", 10, 229),
+];
+
+fn drop_host_devices(linux: &mut Map<String, Value>) {
+    let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) else {
+        return;
+    };
+    devices.retain(|device| {
+        let text = |key: &str| device.get(key).and_then(Value::as_str).unwrap_or_default();
+        let number = |key: &str| device.get(key).and_then(Value::as_i64).unwrap_or(-1);
+        let kind = if text("type") == "u" {
+            "c"
+        } else {
+            text("type")
+        };
+        let known =
+            kind == "p" || GUEST_DEVICES.contains(&(kind, number("major"), number("minor")));
+        if !known {
+            info!(
+                path = text("path"),
+                "device not passed on: it is the host's, the guest has none like it"
+            );
+        }
+        known
+    });
+}
+
+/// A cpuset names CPUs of the host. The guest has as many vCPUs as the pod may use, numbered from 0.
+fn renumber_cpus(resources: &mut Value, vcpus: u8) {
+    let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) else {
+        return;
+    };
+    cpu.remove("mems");
+    let count = cpu
+        .get("cpus")
+        .and_then(Value::as_str)
+        .map(sizing::count_cpus);
+    match count {
+        None => {}
+        Some(0) => drop(cpu.remove("cpus")),
+        Some(count) => {
+            let last = count.min(u32::from(vcpus.max(1))) - 1;
+            cpu.insert("cpus".into(), json!(format!("0-{last}")));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(json: Value) -> BundleSpec {
+        BundleSpec::parse(Path::new("/b"), &serde_json::to_vec(&json).unwrap()).unwrap()
+    }
+
+    fn rewritten(json: Value) -> Value {
+        let paths = GuestPaths {
+            rootfs: "/run/husk/share/c/rootfs".into(),
+            cgroup: "/husk/c".into(),
+            mounts: HashMap::from([(1, "/run/husk/share/c/mounts/1".into())]),
+        };
+        spec(json).for_guest(&paths, 2)
+    }
+
+    #[test]
+    fn each_unusable_bundle_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let load = || BundleSpec::load(dir.path()).unwrap_err().to_string();
+        assert!(
+            load().starts_with("cannot read the container's spec"),
+            "{}",
+            load()
+        );
+        let write = |text: &str| std::fs::write(dir.path().join(CONFIG), text).unwrap();
+        write("{\n  \"root\": }");
+        assert!(load().contains("line 2"), "{}", load());
+        write("{\"ociVersion\": \"1.0.2\"}");
+        assert!(load().contains("no root.path"), "{}", load());
+        write("[]");
+        assert!(load().contains("invalid container spec"), "{}", load());
+        assert!(load().contains(&dir.path().display().to_string()));
+    }
+
+    #[test]
+    fn paths_become_the_guests() {
+        let out = rewritten(json!({
+            "ociVersion": "1.0.2", "root": {"path": "rootfs", "readonly": true},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/d", "type": "bind", "source": "/data", "options": ["rbind", "ro"]},
+            ],
+            "linux": {"cgroupsPath": "/default/c"}, "unknown": {"kept": 1},
+        }));
+        assert_eq!(
+            out["root"],
+            json!({"path": "/run/husk/share/c/rootfs", "readonly": true})
+        );
+        assert_eq!(out["mounts"][0]["source"], "proc");
+        assert_eq!(out["mounts"][1]["source"], "/run/husk/share/c/mounts/1");
+        assert_eq!(out["mounts"][1]["options"], json!(["rbind", "ro"]));
+        assert_eq!(out["linux"]["cgroupsPath"], "/husk/c");
+        assert_eq!(out["unknown"]["kept"], 1);
+        assert_eq!(
+            spec(json!({"ociVersion": "1", "root": {"path": "rootfs"}})).root_path(),
+            Path::new("/b/rootfs")
+        );
+    }
+
+    #[test]
+    fn what_belongs_to_the_host_is_dropped() {
+        let out = rewritten(json!({
+            "ociVersion": "1.0.2", "root": {"path": "/r"},
+            "process": {"cwd": "/", "apparmorProfile": "x", "selinuxLabel": "y"},
+            "hooks": {
+                "createRuntime": [{"path": "/usr/bin/host"}],
+                "startContainer": [{"path": "/bin/inside"}],
+            },
+            "linux": {
+                "mountLabel": "z",
+                "namespaces": [
+                    {"type": "network", "path": "/run/netns/a"}, {"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"},
+                ],
+                "devices": [
+                    {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+                    {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+                    {"path": "/dev/strange"},
+                ],
+                "resources": {"cpu": {"cpus": "4-7", "mems": "1", "quota": 5}},
+            },
+        }));
+        assert_eq!(out["process"], json!({"cwd": "/"}));
+        assert_eq!(
+            out["hooks"],
+            json!({"startContainer": [{"path": "/bin/inside"}]})
+        );
+        assert_eq!(
+            out["linux"]["namespaces"],
+            json!([{"type": "pid"}, {"type": "ipc"}])
+        );
+        assert_eq!(out["linux"]["devices"].as_array().unwrap().len(), 1);
+        assert_eq!(
+            out["linux"]["resources"]["cpu"],
+            json!({"cpus": "0-1", "quota": 5})
+        );
+        assert!(out["linux"].get("mountLabel").is_none());
+    }
+
+    #[test]
+    fn a_new_network_namespace_stays_new() {
+        let out = rewritten(json!({
+            "ociVersion": "1.0.2", "root": {"path": "/r"}, "linux": {"namespaces": [{"type": "network"}]},
+        }));
+        assert_eq!(out["linux"]["namespaces"], json!([{"type": "network"}]));
+    }
+
+    #[test]
+    fn only_binds_of_host_paths_are_shared() {
+        let spec = spec(json!({
+            "ociVersion": "1.0.2", "root": {"path": "/r"},
+            "mounts": [
+                {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+                {"destination": "/a", "source": "/a", "options": ["bind"]},
+                {"destination": "/b", "type": "bind", "source": "rel", "options": ["rbind"]},
+                {"destination": "/dev/x", "type": "bind", "source": "/dev/null"},
+                {"destination": "/sys", "type": "bind", "source": "/sys"},
+                {"destination": "/devices", "type": "bind", "source": "/devices"},
+            ],
+        }));
+        let binds: Vec<_> = spec
+            .bind_mounts()
+            .into_iter()
+            .map(|b| (b.index, b.source.display().to_string(), b.recursive))
+            .collect();
+        assert_eq!(
+            binds,
+            [
+                (1, "/a".into(), false),
+                (2, "/b/rel".into(), true),
+                (5, "/devices".into(), false),
+            ]
+        );
+    }
+
+    #[test]
+    fn hints_come_from_the_pod_or_else_the_container() {
+        let limits = json!({"memory": {"limit": 1 << 28}, "cpu": {"quota": 200_000, "period": 100_000, "cpus": "0,2"}});
+        let own = spec(
+            json!({"ociVersion": "1", "root": {"path": "/r"}, "linux": {"resources": limits}}),
+        );
+        assert_eq!(own.hints().memory_limit, 1 << 28);
+        assert_eq!(own.hints().cpuset_cpus, 2);
+        let pod = spec(json!({
+            "ociVersion": "1", "root": {"path": "/r"}, "linux": {"resources": limits},
+            "annotations": {"io.kubernetes.cri.sandbox-memory": "1024"},
+        }));
+        assert_eq!(
+            pod.hints(),
+            Hints {
+                memory_limit: 1024,
+                ..Hints::default()
+            }
+        );
+    }
+}

@@ -1,0 +1,216 @@
+//! Which of the guest's connections is whose standard stream.
+//!
+//! Everything in the guest can dial the host, containers included. A stream is known by the token that the agent was given for it
+//! and by nothing else: a connection that does not open with an expected token within a short time is closed, unread.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use husk_protocol::{
+    agent,
+    stream::{TOKEN_LEN, Token},
+};
+use tokio::{io::AsyncReadExt as _, net::UnixStream, sync::Semaphore, time::timeout};
+use tracing::{debug, warn};
+
+use crate::stdio::{Stdio, StreamKind};
+
+/// How long a connection may take to say its token. Generous: the agent sends it at once, but the guest may be starved of CPU.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections that may owe us a token at the same time.
+const MAX_UNKNOWN: usize = 128;
+
+/// Where a joined stream goes.
+pub trait Sink: Send + Sync {
+    /// Takes the stream, its token already read.
+    fn connect(&self, kind: StreamKind, stream: UnixStream);
+}
+
+impl Sink for Stdio {
+    fn connect(&self, kind: StreamKind, stream: UnixStream) {
+        Stdio::connect(self, kind, stream);
+    }
+}
+
+type Expected = HashMap<Token, (Arc<dyn Sink>, StreamKind)>;
+
+/// The streams that the shim waits for.
+#[derive(Clone)]
+pub struct Streams {
+    expected: Arc<Mutex<Expected>>,
+    unknown: Arc<Semaphore>,
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        Self {
+            expected: Arc::default(),
+            unknown: Arc::new(Semaphore::new(MAX_UNKNOWN)),
+        }
+    }
+}
+
+/// Tokens handed to the agent for one process. Those not used are forgotten with this value.
+pub struct Expecting {
+    streams: Streams,
+    tokens: HashMap<StreamKind, Token>,
+}
+
+impl Streams {
+    fn lock(&self) -> MutexGuard<'_, Expected> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes tokens for these streams of a process.
+    ///
+    /// # Errors
+    /// When the kernel gives no random bytes.
+    pub fn expect(
+        &self,
+        sink: &Arc<impl Sink + 'static>,
+        kinds: &[StreamKind],
+    ) -> io::Result<Expecting> {
+        let mut expecting = Expecting {
+            streams: self.clone(),
+            tokens: HashMap::new(),
+        };
+        for &kind in kinds {
+            let mut bytes = [0; TOKEN_LEN];
+            random(&mut bytes)?;
+            let token = Token::new(bytes);
+            let sink: Arc<dyn Sink> = sink.clone();
+            self.lock().insert(token.clone(), (sink, kind));
+            expecting.tokens.insert(kind, token);
+        }
+        Ok(expecting)
+    }
+
+    /// Takes a connection to the stream port: reads its token and joins it, in the background.
+    pub fn accept(&self, mut stream: UnixStream) {
+        let streams = self.clone();
+        tokio::spawn(async move {
+            let Ok(_permit) = streams.unknown.acquire().await else {
+                return;
+            };
+            let mut token = [0; TOKEN_LEN];
+            match timeout(TOKEN_TIMEOUT, stream.read_exact(&mut token)).await {
+                Ok(Ok(_)) => {}
+                outcome => {
+                    debug!(?outcome, "a stream connection gave no token, closed");
+                    return;
+                }
+            }
+            // A token opens one stream, once.
+            let taken = streams.lock().remove(&Token::new(token));
+            match taken {
+                Some((sink, kind)) => sink.connect(kind, stream),
+                None => warn!("a stream connection with a token that nobody waits for, closed"),
+            }
+        });
+    }
+}
+
+impl Expecting {
+    /// The tokens as the agent gets them.
+    pub fn for_agent(&self, terminal: bool) -> agent::Stdio {
+        let field = |kind: StreamKind| {
+            self.tokens
+                .get(&kind)
+                .map(|token| token.as_bytes().to_vec())
+                .unwrap_or_default()
+        };
+        agent::Stdio {
+            stdin_token: field(StreamKind::Stdin),
+            stdout_token: field(StreamKind::Stdout),
+            stderr_token: field(StreamKind::Stderr),
+            terminal,
+            ..Default::default()
+        }
+    }
+}
+
+impl Drop for Expecting {
+    fn drop(&mut self) {
+        let mut expected = self.streams.lock();
+        for token in self.tokens.values() {
+            expected.remove(token);
+        }
+    }
+}
+
+/// Fills a buffer from the kernel's generator.
+///
+/// # Errors
+/// When the kernel has none.
+pub fn random(buffer: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        filled += rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{io::AsyncWriteExt as _, sync::mpsc};
+
+    use super::*;
+
+    struct Recorder(mpsc::UnboundedSender<(StreamKind, UnixStream)>);
+
+    impl Sink for Recorder {
+        fn connect(&self, kind: StreamKind, stream: UnixStream) {
+            self.0.send((kind, stream)).unwrap();
+        }
+    }
+
+    async fn dial(streams: &Streams, token: &[u8]) -> UnixStream {
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        streams.accept(host);
+        guest.write_all(token).await.unwrap();
+        guest
+    }
+
+    async fn is_closed(mut guest: UnixStream) -> bool {
+        let mut byte = [0; 1];
+        matches!(guest.read(&mut byte).await, Ok(0) | Err(_))
+    }
+
+    #[tokio::test]
+    async fn only_an_expected_token_joins_and_only_once() {
+        let streams = Streams::default();
+        let (sender, mut joined) = mpsc::unbounded_channel();
+        let sink = Arc::new(Recorder(sender));
+        let expecting = streams
+            .expect(&sink, &[StreamKind::Stdout, StreamKind::Stdin])
+            .unwrap();
+        let fields = expecting.for_agent(false);
+        assert_eq!(fields.stdout_token.len(), TOKEN_LEN);
+        assert!(fields.stderr_token.is_empty());
+        assert_ne!(fields.stdin_token, fields.stdout_token);
+
+        assert!(is_closed(dial(&streams, &[0; TOKEN_LEN]).await).await);
+        let mut guest = dial(&streams, &fields.stdout_token).await;
+        guest.write_all(b"out").await.unwrap();
+        let (kind, mut stream) = joined.recv().await.unwrap();
+        assert_eq!(kind, StreamKind::Stdout);
+        let mut text = [0; 3];
+        stream.read_exact(&mut text).await.unwrap();
+        assert_eq!(&text, b"out");
+        assert!(is_closed(dial(&streams, &fields.stdout_token).await).await);
+        drop(expecting);
+        assert!(is_closed(dial(&streams, &fields.stdin_token).await).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_says_nothing_is_closed() {
+        let streams = Streams::default();
+        let guest = dial(&streams, b"half a token").await;
+        assert!(is_closed(guest).await);
+    }
+}

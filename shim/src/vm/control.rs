@@ -1,0 +1,180 @@
+//! The control channel to husk-vmm: requests with an id, replies in any order, and the news that the VM is over.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use husk_protocol::vm::{Answer, Call, Event, FromVmm, MAX_PACKET, Request, VmExit};
+use tokio::sync::{oneshot, watch};
+use tracing::{debug, warn};
+
+use super::seqpacket::Seqpacket;
+
+/// Why a call got no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// husk-vmm answered with its reason.
+    #[error("{0}")]
+    Refused(String),
+    /// husk-vmm has closed the channel.
+    #[error("husk-vmm has ended")]
+    Closed,
+}
+
+/// The channel, once closed, and what the VMM said last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Closed {
+    /// Why the VM ended, where the VMM could still say so.
+    pub exit: Option<VmExit>,
+}
+
+type Waiting = HashMap<u64, oneshot::Sender<Result<Answer, String>>>;
+
+/// One VMM's control channel.
+pub struct Control {
+    socket: Seqpacket,
+    /// `None` once the channel is closed.
+    waiting: Mutex<Option<Waiting>>,
+    next_id: AtomicU64,
+    closed: watch::Sender<Option<Closed>>,
+}
+
+impl Control {
+    /// Takes the channel over and reads it from now on. Must be called within a tokio runtime.
+    pub fn new(socket: Seqpacket) -> Arc<Self> {
+        let control = Arc::new(Self {
+            socket,
+            waiting: Mutex::new(Some(HashMap::new())),
+            next_id: AtomicU64::new(1),
+            closed: watch::Sender::new(None),
+        });
+        tokio::spawn(Arc::clone(&control).read());
+        control
+    }
+
+    /// Asks and waits for the answer.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn call(&self, call: Call) -> Result<Answer, ControlError> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        match self.waiting().as_mut() {
+            Some(waiting) => drop(waiting.insert(id, sender)),
+            None => return Err(ControlError::Closed),
+        }
+        let packet = serde_json::to_vec(&Request { id, call })
+            .map_err(|e| ControlError::Refused(e.to_string()))?;
+        self.socket
+            .send(&packet)
+            .await
+            .map_err(|_| ControlError::Closed)?;
+        match receiver.await {
+            Ok(result) => result.map_err(ControlError::Refused),
+            Err(_) => Err(ControlError::Closed),
+        }
+    }
+
+    /// Resolves when the VMM has closed the channel.
+    pub async fn closed(&self) -> Closed {
+        let mut closed = self.closed.subscribe();
+        let seen = closed.wait_for(Option::is_some).await.ok();
+        seen.and_then(|closed| closed.clone())
+            .unwrap_or(Closed { exit: None })
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn read(self: Arc<Self>) {
+        let mut buffer = vec![0; MAX_PACKET];
+        let mut exit = None;
+        loop {
+            let length = match self.socket.receive(&mut buffer).await {
+                Ok((0, _)) => break,
+                Ok((length, _)) => length,
+                Err(error) => {
+                    debug!(%error, "the VMM's control channel is gone");
+                    break;
+                }
+            };
+            match serde_json::from_slice(buffer.get(..length).unwrap_or_default()) {
+                Ok(FromVmm::Reply(reply)) => {
+                    let waiter = self.waiting().as_mut().and_then(|w| w.remove(&reply.id));
+                    if let Some(waiter) = waiter {
+                        // Nobody waits any more: the caller gave up.
+                        let _ = waiter.send(reply.result);
+                    }
+                }
+                Ok(FromVmm::Event(Event::Exited(why))) => exit = Some(why),
+                Err(error) => warn!(%error, "husk-vmm sent a message that is none"),
+            }
+        }
+        // Dropping the senders tells every caller.
+        self.waiting().take();
+        self.closed.send_replace(Some(Closed { exit }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use husk_protocol::vm::Reply;
+    use rustix::net::{RecvFlags, SendFlags};
+
+    use super::*;
+
+    fn receive(vmm: &OwnedFd) -> Request {
+        let mut buffer = vec![0; MAX_PACKET];
+        let (length, _) = rustix::net::recv(vmm, &mut buffer[..], RecvFlags::empty()).unwrap();
+        serde_json::from_slice(&buffer[..length]).unwrap()
+    }
+
+    fn post(vmm: &OwnedFd, message: &FromVmm) {
+        let packet = serde_json::to_vec(message).unwrap();
+        rustix::net::send(vmm, &packet, SendFlags::empty()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn replies_find_their_callers_and_the_end_is_told() {
+        let (ours, vmm) = Seqpacket::pair().unwrap();
+        let control = Control::new(ours);
+        let vmm_side = tokio::task::spawn_blocking(move || {
+            let requests = [receive(&vmm), receive(&vmm)];
+            for request in requests.into_iter().rev() {
+                let result = match request.call {
+                    Call::Pause => Ok(Answer::Done),
+                    _ => Err("not now".to_owned()),
+                };
+                post(
+                    &vmm,
+                    &FromVmm::Reply(Reply {
+                        id: request.id,
+                        result,
+                    }),
+                );
+            }
+            rustix::net::send(&vmm, b"{}", SendFlags::empty()).unwrap();
+            receive(&vmm);
+            post(&vmm, &FromVmm::Event(Event::Exited(VmExit::PowerOff)));
+        });
+        let (pause, info) = tokio::join!(control.call(Call::Pause), control.call(Call::Info));
+        assert_eq!(pause, Ok(Answer::Done));
+        assert_eq!(info, Err(ControlError::Refused("not now".into())));
+        assert_eq!(control.call(Call::Stop).await, Err(ControlError::Closed));
+        vmm_side.await.unwrap();
+        assert_eq!(
+            control.closed().await,
+            Closed {
+                exit: Some(VmExit::PowerOff)
+            }
+        );
+        assert_eq!(control.call(Call::Info).await, Err(ControlError::Closed));
+    }
+}

@@ -1,0 +1,339 @@
+//! husk-vmm as a child process.
+//!
+//! The VMM opens nothing by itself: it inherits `/dev/kvm`, kernel, initramfs, the share's root, its end of the vsock bridge and the console's
+//! pipe under fixed numbers, and gets the rest as one message on its control channel. It ends with that channel, so it cannot outlive
+//! the shim.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd, RawFd},
+    path::PathBuf,
+    process::Stdio,
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use command_fds::{CommandFdExt as _, FdMapping};
+use husk_protocol::{
+    guest_path,
+    vm::{Answer, CachePolicy, Call, LaunchTimes, ShareConfig, VERSION, VmConfig},
+};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::{
+    net::unix::pipe,
+    process::{Child, Command},
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tracing::{info, warn};
+
+use super::{
+    Driver, LaunchPlan, Machine, Spawned, VmEnd, VmError, bridge,
+    console::{self, Tail},
+    control::{Control, ControlError},
+    preflight,
+    seqpacket::Seqpacket,
+};
+
+/// Connections of the guest that wait to be taken care of.
+const CONNECTION_QUEUE: usize = 64;
+
+/// How long the last lines and words of a VMM that has ended may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+// Fds of the VMM, by number. 0 to 2 are the standard ones.
+const CONTROL_FD: RawFd = 3;
+const KVM_FD: RawFd = 4;
+const KERNEL_FD: RawFd = 5;
+const INITRAMFS_FD: RawFd = 6;
+const VSOCK_FD: RawFd = 7;
+const SHARE_FD: RawFd = 8;
+const CONSOLE_FD: RawFd = 9;
+
+/// Starts husk-vmm.
+#[derive(Debug, Clone)]
+pub struct HuskVmm {
+    /// The binary.
+    pub vmm: PathBuf,
+    /// Guest kernel.
+    pub kernel: PathBuf,
+    /// Initramfs.
+    pub initramfs: PathBuf,
+    /// Cache policy of the share.
+    pub cache: CachePolicy,
+    /// For the log.
+    pub pod: String,
+}
+
+/// A running husk-vmm.
+struct Process {
+    pid: u32,
+    pidfd: OwnedFd,
+    control: Arc<Control>,
+    cache: CachePolicy,
+    console: Tail,
+    ended: watch::Sender<Option<Arc<VmEnd>>>,
+}
+
+fn host(doing: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Host { doing, source }
+}
+
+impl Driver for HuskVmm {
+    fn spawn(&self, share_root: OwnedFd) -> Result<Spawned, VmError> {
+        let vmm = preflight::open_file("VMM", "vmm", &self.vmm)?;
+        drop(vmm);
+        let kernel = preflight::open_file("guest kernel", "kernel", &self.kernel)?;
+        let initramfs = preflight::open_file("initramfs", "initramfs", &self.initramfs)?;
+        let kvm = preflight::open_kvm()?;
+        let (control, control_fd) =
+            Seqpacket::pair().map_err(host("make the VMM's control channel"))?;
+        let (vsock, vsock_fd) = Seqpacket::pair().map_err(host("make the vsock bridge"))?;
+        let (console_fd, console) =
+            console_pipe().map_err(host("make the guest console's pipe"))?;
+        let mapping = |parent_fd, child_fd| FdMapping {
+            parent_fd,
+            child_fd,
+        };
+        let mut command = Command::new(&self.vmm);
+        command
+            .arg("--control-fd")
+            .arg(CONTROL_FD.to_string())
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .fd_mappings(vec![
+                mapping(control_fd, CONTROL_FD),
+                mapping(kvm, KVM_FD),
+                mapping(kernel, KERNEL_FD),
+                mapping(initramfs, INITRAMFS_FD),
+                mapping(vsock_fd, VSOCK_FD),
+                mapping(share_root, SHARE_FD),
+                mapping(console_fd, CONSOLE_FD),
+            ])
+            .map_err(|e| VmError::Other(e.to_string()))?;
+        let child = command.spawn().map_err(|source| VmError::File {
+            what: "VMM",
+            path: self.vmm.clone(),
+            key: "vmm",
+            source,
+        })?;
+        // Its copies of the VMM's fds must go, or the end of the VMM would not be seen.
+        drop(command);
+        let control = Control::new(control);
+        let (machine, stderr) = self.watch_over(child, control, console)?;
+        tokio::spawn(stderr);
+        let (sender, connections) = mpsc::channel(CONNECTION_QUEUE);
+        tokio::spawn(bridge::accept(vsock, sender));
+        Ok(Spawned {
+            machine,
+            connections,
+        })
+    }
+}
+
+/// The write end for the VMM (blocking) and the read end for us.
+fn console_pipe() -> io::Result<(OwnedFd, pipe::Receiver)> {
+    let (sender, receiver) = pipe::pipe()?;
+    Ok((sender.into_blocking_fd()?, receiver))
+}
+
+impl HuskVmm {
+    /// From here on the process is reaped and its end told, whatever happens.
+    fn watch_over(
+        &self,
+        mut child: Child,
+        control: Arc<Control>,
+        console: pipe::Receiver,
+    ) -> Result<(Arc<Process>, impl Future<Output = ()> + Send + 'static), VmError> {
+        let pid = child.id().unwrap_or_default();
+        let pidfd = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or(rustix::io::Errno::SRCH)
+            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()))
+            .map_err(|e| VmError::Host {
+                doing: "watch the VMM process",
+                source: e.into(),
+            })?;
+        let process = Arc::new(Process {
+            pid,
+            pidfd,
+            control,
+            cache: self.cache,
+            console: Tail::default(),
+            ended: watch::Sender::new(None),
+        });
+        let pod = self.pod.clone();
+        let stderr_tail = Tail::default();
+        let stderr = child.stderr.take();
+        let stderr_task = {
+            let (pod, tail) = (pod.clone(), stderr_tail.clone());
+            async move {
+                if let Some(stderr) = stderr {
+                    console::follow(
+                        stderr,
+                        tail,
+                        |line| info!(target: "husk_vmm", pod, "{line}"),
+                    )
+                    .await;
+                }
+            }
+        };
+        let console_task = {
+            let (pod, tail) = (pod.clone(), process.console.clone());
+            tokio::spawn(console::follow(
+                console,
+                tail,
+                move |line| info!(target: "guest", pod, "{line}"),
+            ))
+        };
+        let machine = Arc::clone(&process);
+        tokio::spawn(async move {
+            let status = child.wait().await;
+            // The process is over: what it has said is in the sockets, so these end by themselves.
+            let closed = timeout(LAST_WORDS, process.control.closed()).await.ok();
+            let _ = timeout(LAST_WORDS, console_task).await;
+            let status = status.map_or_else(|e| e.to_string(), |s| s.to_string());
+            let last_word = stderr_tail
+                .lines()
+                .pop()
+                .map(|line| format!(": {line}"))
+                .unwrap_or_default();
+            let process_end = format!("husk-vmm ended without a reason ({status}){last_word}");
+            let end = VmEnd::new(
+                closed.and_then(|c| c.exit),
+                process_end,
+                process.console.lines(),
+            );
+            info!(pod, reason = end.reason, status, "VM ended");
+            for line in &end.console {
+                warn!(target: "guest", pod, "last console lines: {line}");
+            }
+            process.ended.send_replace(Some(Arc::new(end)));
+        });
+        Ok((machine, stderr_task))
+    }
+}
+
+#[async_trait]
+impl Machine for Process {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    async fn launch(&self, plan: LaunchPlan) -> Result<LaunchTimes, VmError> {
+        preflight::check_memory(plan.size.memory_mib)?;
+        let config = VmConfig {
+            version: VERSION,
+            id: plan.id,
+            vcpus: plan.size.vcpus,
+            memory_mib: plan.size.memory_mib,
+            kvm_fd: KVM_FD,
+            kernel_fd: KERNEL_FD,
+            initramfs_fd: INITRAMFS_FD,
+            kernel_params: plan.kernel_params,
+            vsock_fd: VSOCK_FD,
+            shares: vec![ShareConfig {
+                tag: guest_path::SHARE_TAG.into(),
+                root_fd: SHARE_FD,
+                cache: self.cache,
+            }],
+            console_fd: Some(CONSOLE_FD),
+            debug_console: plan.debug_console,
+        };
+        match self.control.call(Call::Launch(Box::new(config))).await {
+            Ok(Answer::Launched(times)) => Ok(times),
+            Ok(other) => Err(VmError::Refused(format!("unexpected answer {other:?}"))),
+            Err(ControlError::Refused(reason)) => Err(VmError::Refused(reason)),
+            Err(ControlError::Closed) => {
+                let mut ended = self.ended();
+                let end = timeout(LAST_WORDS * 3, ended.wait_for(Option::is_some)).await;
+                let reason = match end {
+                    Ok(Ok(end)) => end.as_ref().map(|end| end.reason.clone()),
+                    _ => None,
+                };
+                Err(VmError::Ended(reason.unwrap_or_else(|| {
+                    "husk-vmm closed its control channel".into()
+                })))
+            }
+        }
+    }
+
+    fn kill(&self) {
+        match pidfd_send_signal(self.pidfd.as_fd(), Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => warn!(pid = self.pid, %error, "cannot kill the VMM"),
+        }
+    }
+
+    fn ended(&self) -> watch::Receiver<Option<Arc<VmEnd>>> {
+        self.ended.subscribe()
+    }
+
+    fn console_tail(&self) -> Vec<String> {
+        self.console.lines()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use husk_protocol::vm::VmExit;
+
+    use super::*;
+
+    #[test]
+    fn the_reason_is_the_vmms_own_where_it_gave_one() {
+        let tail = vec!["Kernel panic".to_owned()];
+        let panic = VmEnd::new(
+            Some(VmExit::GuestPanic { console: vec![] }),
+            "status".into(),
+            tail.clone(),
+        );
+        assert_eq!(panic.reason, "the guest kernel panicked");
+        assert_eq!(panic.console, tail);
+        assert!(
+            VmEnd::new(Some(VmExit::PowerOff), String::new(), tail.clone())
+                .console
+                .is_empty()
+        );
+        assert_eq!(VmEnd::new(None, "signal 9".into(), tail).reason, "signal 9");
+    }
+
+    /// A VMM that is killed is told as such: a shell stands in for it.
+    #[tokio::test]
+    async fn the_end_of_the_process_is_told() {
+        let driver = HuskVmm {
+            vmm: "/bin/sh".into(),
+            kernel: "/dev/null".into(),
+            initramfs: "/dev/null".into(),
+            cache: CachePolicy::Auto,
+            pod: "p".into(),
+        };
+        let child = Command::new("/bin/sh")
+            .args(["-c", "echo broken >&2; sleep 60"])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (ours, theirs) = Seqpacket::pair().unwrap();
+        let (console_write, console_read) = console_pipe().unwrap();
+        let (process, stderr) = driver
+            .watch_over(child, Control::new(ours), console_read)
+            .unwrap();
+        let stderr = tokio::spawn(stderr);
+        drop((theirs, console_write));
+        let mut ended = process.ended();
+        process.kill();
+        let end = ended
+            .wait_for(Option::is_some)
+            .await
+            .unwrap()
+            .clone()
+            .unwrap();
+        assert!(end.reason.contains("signal: 9"), "{}", end.reason);
+        process.kill();
+        drop(stderr);
+    }
+}
