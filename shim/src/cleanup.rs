@@ -195,3 +195,76 @@ pub fn remove_file(path: &Path) -> io::Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::mount::{MsFlags, mount};
+    use proptest::prelude::*;
+
+    #[test]
+    fn mountinfo_is_read_with_its_escapes() {
+        let table = b"36 35 98:0 / / rw - ext4 /dev/sda rw\n\
+            37 36 0:5 /x /run/a\\040b\\134c rw,noatime shared:1 master:2 - tmpfs t rw\nshort\n\n";
+        assert_eq!(
+            mount_points(table),
+            [PathBuf::from("/"), PathBuf::from("/run/a b\\c")]
+        );
+    }
+
+    #[test]
+    fn a_tree_goes_and_links_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, outside) = (dir.path().join("tree"), dir.path().join("outside"));
+        fs::create_dir_all(tree.join("a/b/c")).unwrap();
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("keep"), "x").unwrap();
+        fs::write(tree.join("a/file"), "x").unwrap();
+        std::os::unix::fs::symlink(&outside, tree.join("a/b/link")).unwrap();
+        remove_tree(&tree).unwrap();
+        assert!(!tree.exists() && outside.join("keep").exists());
+        remove_tree(&tree).unwrap();
+        // Nor is the tree's own name.
+        std::os::unix::fs::symlink(&outside, &tree).unwrap();
+        assert!(remove_tree(&tree).is_err());
+        assert!(outside.join("keep").exists());
+    }
+
+    /// Needs root, as husk does.
+    #[test]
+    fn a_mounted_volume_survives_the_removal_and_goes_after_the_unmount() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, volume) = (dir.path().join("tree"), dir.path().join("volume"));
+        fs::create_dir_all(tree.join("deep/mnt")).unwrap();
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("keep"), "x").unwrap();
+        // A bind mount of the same file system: the device number alone would not tell.
+        let bind = |from: &Path, to: &Path| {
+            mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        };
+        bind(&volume, &tree.join("deep/mnt")).unwrap();
+        bind(&volume, &tree.join("deep/mnt")).unwrap();
+        let error = remove_tree(&tree).unwrap_err().to_string();
+        assert!(error.contains("mounted"), "{error}");
+        assert!(volume.join("keep").exists());
+        assert_eq!(unmount_below(&tree).unwrap(), 2);
+        assert_eq!(unmount_below(&tree).unwrap(), 0);
+        remove_tree(&tree).unwrap();
+        assert!(volume.join("keep").exists());
+    }
+
+    #[test]
+    fn what_is_absent_is_fine() {
+        let gone = Path::new("/no/such/thing");
+        remove_tree(gone).unwrap();
+        remove_file(gone).unwrap();
+        remove_cgroup(gone, Duration::ZERO).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn any_table_is_survived(table in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = mount_points(&table);
+        }
+    }
+}

@@ -18,8 +18,6 @@ use toml::Spanned;
 pub const DEFAULT_PATH: &str = "/etc/husk/config.toml";
 /// Environment variable that names another file.
 pub const PATH_VARIABLE: &str = "HUSK_CONFIG";
-/// Where a package puts kernel, initramfs and VMM.
-const LIB_DIR: &str = "/usr/lib/husk";
 /// Prefix of the annotations that are ours.
 const ANNOTATION_PREFIX: &str = "io.husk.";
 /// More than any machine has; catches a size given in bytes.
@@ -181,9 +179,9 @@ impl Default for Config {
             .map(|n| u8::try_from(n.get()).unwrap_or(MAX_VCPUS).min(MAX_VCPUS))
             .unwrap_or(1);
         Self {
-            kernel: Path::new(LIB_DIR).join("vmlinux"),
-            initramfs: Path::new(LIB_DIR).join("initramfs.cpio"),
-            vmm: default_vmm(),
+            kernel: lib_dir().join("vmlinux"),
+            initramfs: lib_dir().join("initramfs.cpio"),
+            vmm: lib_dir().join("husk-vmm"),
             default_vcpus: 1,
             default_memory_mib: 512,
             max_vcpus,
@@ -401,16 +399,180 @@ impl Reader<'_> {
 }
 
 /// The VMM of the shim's own directory where there is one (a build tree, a test), else the packaged one.
-fn default_vmm() -> PathBuf {
+/// The directory of kernel, initramfs and VMM: `/usr/lib/husk` for a shim in `/usr/bin`.
+fn lib_dir() -> PathBuf {
     std::env::current_exe()
         .ok()
-        .and_then(|exe| Some(exe.parent()?.join("husk-vmm")))
-        .filter(|path| path.is_file())
-        .unwrap_or_else(|| Path::new(LIB_DIR).join("husk-vmm"))
+        .and_then(|exe| Some(exe.parent()?.parent()?.join("lib/husk")))
+        .unwrap_or_else(|| PathBuf::from("/usr/lib/husk"))
 }
 
 fn host_memory_mib() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let kib = text.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
     Some(kib.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? / 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const EXAMPLE: &str = include_str!("../../deploy/config.toml");
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/etc/husk/config.toml"))
+    }
+
+    fn error(text: &str) -> String {
+        parse(text).unwrap_err().to_string()
+    }
+
+    /// The example with every key switched on.
+    fn uncommented() -> String {
+        EXAMPLE
+            .lines()
+            .map(|l| {
+                l.strip_prefix('#')
+                    .filter(|l| !l.starts_with(' ') && l.contains(" = "))
+                    .unwrap_or("")
+            })
+            .fold(String::new(), |all, line| all + line + "\n")
+    }
+
+    #[test]
+    fn the_example_shows_every_key_with_its_default() {
+        assert_eq!(parse(EXAMPLE).unwrap(), Config::default());
+        let defaults = Config::default();
+        let shown = Config {
+            // These three depend on the machine.
+            vmm: defaults.vmm.clone(),
+            max_vcpus: defaults.max_vcpus,
+            max_memory_mib: defaults.max_memory_mib,
+            ..parse(&uncommented()).unwrap()
+        };
+        assert_eq!(shown, defaults);
+        // One line a key of the file, and one more is unknown.
+        let message = error("nonsense = 1");
+        let known = message.split('`').skip(3).step_by(2).collect::<Vec<_>>();
+        assert!(known.len() >= 15, "{message}");
+        for key in known {
+            assert!(
+                uncommented().contains(&format!("{key} = ")),
+                "{key} is missing in deploy/config.toml"
+            );
+        }
+    }
+
+    #[test]
+    fn errors_name_file_line_key_and_what_is_allowed() {
+        let message = error("# first\n\nkernle = \"/x\"\n");
+        assert!(
+            message.contains("/etc/husk/config.toml, line 3, key kernle"),
+            "{message}"
+        );
+        assert!(message.contains("`kernel`"), "{message}");
+        let message = error("default_memory_mib = 512\ncache = \"sometimes\"");
+        assert!(
+            message.contains("line 2, key cache") && message.contains("`never`, `auto`, `always`"),
+            "{message}"
+        );
+        let message = error("max_vcpus = 33");
+        assert!(
+            message.contains("line 1, key max_vcpus") && message.contains("1 to 32"),
+            "{message}"
+        );
+        let message = error("\ndefault_memory_mib = 63");
+        assert!(
+            message.contains("line 2, key default_memory_mib") && message.contains("64 to"),
+            "{message}"
+        );
+        let message = error("kernel = \"vmlinux\"");
+        assert!(
+            message.contains("key kernel") && message.contains("absolute"),
+            "{message}"
+        );
+        let message = error("log_level = 3");
+        assert!(message.contains("line 1, key log_level"), "{message}");
+        let message = error("vmm = \"/a\"\nvmm = \"/b\"");
+        assert!(
+            message.contains("line 2, key vmm") && message.contains("duplicate"),
+            "{message}"
+        );
+        let message = error("kernel = \"/a\"\nthis is no toml\n");
+        assert!(message.contains("line 2"), "{message}");
+        let message = error("max_vcpus = 2\ndefault_vcpus = 3");
+        assert!(
+            message.contains("line 2, key default_vcpus") && message.contains("1 to 2"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn a_smaller_maximum_brings_the_default_down() {
+        let config = parse("max_memory_mib = 128").unwrap();
+        assert_eq!(config.default_memory_mib, 128);
+    }
+
+    #[test]
+    fn a_named_file_must_be_there() {
+        let message = Config::load(Some(Path::new("/no/such/config.toml")))
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("/no/such/config.toml"), "{message}");
+    }
+
+    fn overrides(config: &str, annotations: &[(&str, &str)]) -> Result<Overrides, String> {
+        let map = annotations
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
+        parse(config)
+            .unwrap()
+            .overrides(&map)
+            .map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn annotations_count_where_the_node_allows_them() {
+        let all = "max_vcpus = 4\nmax_memory_mib = 1024\nenabled_annotations = [\"vcpus\", \"memory_mib\", \"debug_console\", \"kernel_params\"]";
+        let given = [
+            ("io.husk.vcpus", "2"),
+            ("io.husk.memory_mib", "1024"),
+            ("io.husk.debug_console", "true"),
+            ("io.husk.kernel_params", "quiet"),
+            ("io.kubernetes.cri.container-type", "sandbox"),
+        ];
+        let got = overrides(all, &given).unwrap();
+        assert_eq!(
+            got,
+            Overrides {
+                vcpus: Some(2),
+                memory_mib: Some(1024),
+                kernel_params: Some("quiet".into()),
+                debug_console: Some(true)
+            }
+        );
+        let message = overrides("", &[("io.husk.vcpus", "2")]).unwrap_err();
+        assert!(
+            message.contains("io.husk.vcpus") && message.contains("enabled_annotations"),
+            "{message}"
+        );
+        let message = overrides(all, &[("io.husk.vcpu", "2")]).unwrap_err();
+        assert!(
+            message.contains("io.husk.vcpu:") && message.contains("memory_mib"),
+            "{message}"
+        );
+        let message = overrides(all, &[("io.husk.vcpus", "5")]).unwrap_err();
+        assert!(message.contains("from 1 to 4"), "{message}");
+        let message = overrides(all, &[("io.husk.debug_console", "yes")]).unwrap_err();
+        assert!(message.contains("true or false"), "{message}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused(text in "(?s).{0,200}") {
+            let _ = parse(&text).map_err(|e| e.to_string());
+        }
+    }
 }

@@ -61,6 +61,23 @@ pub struct PodDir {
 #[derive(Debug)]
 pub struct NamespaceLock {
     _lock: Flock<fs::File>,
+    namespace_dir: PathBuf,
+}
+
+impl Drop for NamespaceLock {
+    fn drop(&mut self) {
+        remove_if_empty(&self.namespace_dir);
+    }
+}
+
+/// Removes a namespace's directory with its last pod, and the state directory with its last namespace.
+fn remove_if_empty(namespace_dir: &Path) {
+    if fs::remove_dir(namespace_dir).is_ok()
+        && let Some(root) = namespace_dir.parent()
+    {
+        // Not empty while other namespaces live.
+        let _ = fs::remove_dir(root);
+    }
 }
 
 /// An id that cannot be a directory name.
@@ -245,19 +262,25 @@ impl PodDir {
     pub fn lock_namespace(&self, limit: Duration) -> io::Result<NamespaceLock> {
         let deadline = Instant::now() + limit;
         loop {
-            fs::DirBuilder::new()
+            let made = fs::DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
-                .create(&self.namespace_dir)?;
-            let dir = match fs::File::open(&self.namespace_dir) {
+                .create(&self.namespace_dir);
+            let dir = match made.and_then(|()| fs::File::open(&self.namespace_dir)) {
                 Ok(dir) => dir,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                // Somebody has just removed it with its last pod.
+                Err(e) if e.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
+                    continue;
+                }
                 Err(e) => return Err(e),
             };
             match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
                 // The last pod's removal takes the directory with it: then ours is a new one.
                 Ok(lock) if self.is_namespace_dir(&lock) => {
-                    return Ok(NamespaceLock { _lock: lock });
+                    return Ok(NamespaceLock {
+                        _lock: lock,
+                        namespace_dir: self.namespace_dir.clone(),
+                    });
                 }
                 Ok(_) => {}
                 Err((_, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
@@ -313,12 +336,7 @@ impl PodDir {
     /// When something stays.
     pub fn remove(&self) -> io::Result<()> {
         cleanup::remove_tree(&self.path)?;
-        // Not empty while other pods live.
-        if fs::remove_dir(&self.namespace_dir).is_ok()
-            && let Some(root) = self.namespace_dir.parent()
-        {
-            let _ = fs::remove_dir(root);
-        }
+        remove_if_empty(&self.namespace_dir);
         Ok(())
     }
 
@@ -348,5 +366,133 @@ fn component(id: &str) -> Result<&str, BadId> {
         Ok(id)
     } else {
         Err(BadId(id.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::process::{Command, Stdio};
+
+    fn sleeper() -> std::process::Child {
+        Command::new("sleep")
+            .arg("1000")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
+    #[test]
+    fn a_process_is_known_by_its_start_time() {
+        let me = ProcessId::current().unwrap();
+        assert!(me.is_alive());
+        let other = ProcessId {
+            starttime: me.starttime + 1,
+            ..me
+        };
+        assert!(!other.is_alive());
+        // Not us: nothing is killed.
+        assert!(other.kill(Duration::from_secs(1)).unwrap());
+        // The name may look like the rest of the line.
+        assert_eq!(
+            starttime("7 (a) b) S 1 2 3) S 1 7 7 0 -1 4 5 6 7 8 9 10 11 12 20 0 1 0 4711 5 6"),
+            Some(4711)
+        );
+        assert_eq!(starttime("garbage"), None);
+    }
+
+    #[test]
+    fn kill_ends_exactly_that_process() {
+        let mut child = sleeper();
+        let id = ProcessId::of(i32::try_from(child.id()).unwrap()).unwrap();
+        assert!(id.is_alive());
+        assert!(id.kill(Duration::from_secs(10)).unwrap());
+        assert!(!id.is_alive(), "a zombie counts as ended");
+        child.wait().unwrap();
+        assert!(id.kill(Duration::from_secs(10)).unwrap());
+    }
+
+    #[test]
+    fn state_is_stored_changed_and_removed_with_its_directories() {
+        let root = tempfile::tempdir().unwrap();
+        let state_dir = root.path().join("husk");
+        let pod = PodDir::new(&state_dir, "k8s.io", "pod-1").unwrap();
+        assert_eq!(pod.load(), None);
+        pod.create().unwrap();
+        pod.create().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(pod.path()), mode(&pod.share())), (0o700, 0o700));
+        let state = PodState {
+            shim: ProcessId::current().ok(),
+            socket: "/s".into(),
+            ..Default::default()
+        };
+        pod.store(&state).unwrap();
+        pod.update(|s| {
+            s.containers.insert("c".into());
+        })
+        .unwrap();
+        let got = pod.load().unwrap();
+        assert_eq!((got.shim, got.containers.len()), (state.shim, 1));
+        let other = PodDir::new(&state_dir, "k8s.io", "pod-2").unwrap();
+        other.create().unwrap();
+        assert_eq!(pod.siblings().len(), 2);
+        pod.remove().unwrap();
+        pod.remove().unwrap();
+        assert!(other.path().exists());
+        other.remove().unwrap();
+        assert!(!state_dir.exists(), "nothing of husk is left");
+    }
+
+    #[test]
+    fn a_bundle_leads_to_its_pod() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = PodDir::new(&root.path().join("husk"), "n", "pod").unwrap();
+        assert_eq!(PodDir::of_bundle(root.path()), None);
+        pod.link_bundle(root.path()).unwrap();
+        pod.link_bundle(root.path()).unwrap();
+        assert_eq!(PodDir::of_bundle(root.path()), Some(pod));
+    }
+
+    #[test]
+    fn the_namespace_is_held_by_one_at_a_time() {
+        let root = tempfile::tempdir().unwrap();
+        let pod = PodDir::new(&root.path().join("husk"), "n", "pod").unwrap();
+        let lock = pod.lock_namespace(Duration::ZERO).unwrap();
+        assert_eq!(
+            pod.lock_namespace(Duration::ZERO).unwrap_err().kind(),
+            io::ErrorKind::TimedOut
+        );
+        // The directory goes with its last pod while somebody waits: the waiter makes a new one.
+        pod.create().unwrap();
+        pod.remove().unwrap();
+        drop(lock);
+        let _lock = pod.lock_namespace(Duration::from_secs(5)).unwrap();
+        pod.create().unwrap();
+    }
+
+    #[test]
+    fn an_id_is_one_harmless_path_component() {
+        for id in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            ".hidden",
+            "a b",
+            "ä",
+            &"x".repeat(201),
+        ] {
+            assert!(
+                PodDir::new(Path::new("/run/husk"), "ns", id).is_err(),
+                "{id:?}"
+            );
+            assert!(
+                PodDir::new(Path::new("/run/husk"), id, "pod").is_err(),
+                "{id:?}"
+            );
+        }
+        assert!(PodDir::new(Path::new("/run/husk"), "k8s.io", "8f_a-b.c").is_ok());
     }
 }

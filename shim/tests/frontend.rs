@@ -1,0 +1,453 @@
+//! The shim as containerd runs it: `start`, `delete`, `-info`, as processes, on a host of temporary directories.
+//!
+//! Needs root, as the shim does (a mount namespace of its own). No VM is started: that takes a Create.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::bootstrap_api::BootstrapParams;
+use containerd_shim_protos::protobuf::Message as _;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim::oci;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+use husk_shim::state::{PodDir, ProcessId};
+
+const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-husk-v2");
+
+/// A machine: bundles, settings, state and sockets below one directory, cleared by `delete` at the end.
+struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        let host = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        host.configure("");
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn configure(&self, more: &str) {
+        let text = format!(
+            "state_dir = {:?}\nsocket_dir = {:?}\n{more}",
+            self.path("state"),
+            self.path("s")
+        );
+        fs::write(self.path("config.toml"), text).unwrap();
+    }
+
+    /// A bundle with these annotations.
+    fn bundle(&self, id: &str, annotations: &[(&str, &str)]) -> PathBuf {
+        let bundle = self.path("bundles").join(id);
+        fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        let annotations: serde_json::Map<_, _> = annotations
+            .iter()
+            .map(|(k, v)| ((*k).into(), (*v).into()))
+            .collect();
+        let spec = serde_json::json!({"ociVersion": "1.2.0", "annotations": annotations});
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        bundle
+    }
+
+    fn shim(&self, id: &str, action: &str) -> Command {
+        let mut command = Command::new(SHIM);
+        command
+            .args([
+                "-namespace",
+                "test",
+                "-address",
+                "/run/containerd/containerd.sock",
+                "-publish-binary",
+                "/bin/true",
+            ])
+            .args(["-id", id]);
+        if action == "delete" {
+            command.arg("-bundle").arg(self.path("bundles").join(id));
+        }
+        command
+            .arg(action)
+            .current_dir(self.path("bundles").join(id))
+            .env("HUSK_CONFIG", self.path("config.toml"))
+            .env("TTRPC_ADDRESS", "")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn start(&self, id: &str) -> Output {
+        self.shim(id, "start").output().unwrap()
+    }
+
+    /// Starts, and gives the address.
+    fn started(&self, id: &str) -> String {
+        address(self.start(id))
+    }
+
+    fn delete(&self, id: &str) -> DeleteResponse {
+        let output = self.shim(id, "delete").output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(text(&output.stderr), "");
+        DeleteResponse::parse_from_bytes(&output.stdout).unwrap()
+    }
+
+    fn pod(&self, id: &str) -> PodDir {
+        PodDir::new(&self.path("state"), "test", id).unwrap()
+    }
+
+    fn serving(&self, id: &str) -> ProcessId {
+        self.pod(id).load().unwrap().shim.unwrap()
+    }
+
+    fn nothing_is_left(&self) {
+        assert!(
+            !self.path("state").exists(),
+            "state is left: {:?}",
+            self.pod("x").siblings()
+        );
+        let sockets = fs::read_dir(self.path("s")).map_or(0, Iterator::count);
+        assert_eq!(sockets, 0, "sockets are left");
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for pod in self.pod("any").siblings() {
+            husk_shim::delete::clear_pod(&pod);
+        }
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// What a successful start printed: containerd reads both outputs as one.
+fn address(output: Output) -> String {
+    assert_eq!(text(&output.stderr), "");
+    assert!(output.status.success());
+    let address = text(&output.stdout);
+    assert!(
+        address.starts_with("unix:///") && address.trim() == address,
+        "{address:?}"
+    );
+    address
+}
+
+/// The one line of a start that failed.
+fn complaint(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(text(&output.stdout), "");
+    let line = text(&output.stderr);
+    assert_eq!(line.matches('\n').count(), 1, "{line:?}");
+    line
+}
+
+fn socket(address: &str) -> &Path {
+    Path::new(address.strip_prefix("unix://").unwrap())
+}
+
+const SANDBOX: [(&str, &str); 2] = [
+    ("io.kubernetes.cri.container-type", "sandbox"),
+    ("io.kubernetes.cri.sandbox-id", "pod"),
+];
+const CONTAINER: [(&str, &str); 2] = [
+    ("io.kubernetes.cri.container-type", "container"),
+    ("io.kubernetes.cri.sandbox-id", "pod"),
+];
+
+#[test]
+fn start_leaves_a_serving_shim_and_delete_leaves_nothing() {
+    let host = Host::new();
+    let bundle = host.bundle("c1", &[]);
+    let address = host.started("c1");
+    assert_eq!(fs::read_to_string(bundle.join("address")).unwrap(), address);
+    let socket = socket(&address);
+    let meta = fs::metadata(socket).unwrap();
+    assert!(meta.file_type().is_socket());
+    assert_eq!(meta.permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        fs::metadata(socket.parent().unwrap())
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o777,
+        0o700
+    );
+    UnixStream::connect(socket).unwrap();
+
+    let shim = host.serving("c1");
+    assert!(shim.is_alive());
+    let proc = PathBuf::from(format!("/proc/{}", shim.pid));
+    let link = |path: PathBuf| fs::read_link(path).unwrap();
+    assert_ne!(
+        link(proc.join("ns/mnt")),
+        link("/proc/self/ns/mnt".into()),
+        "mounts of its own"
+    );
+    assert_eq!(link(proc.join("cwd")), Path::new("/"));
+    assert_eq!(link(proc.join("fd/0")), Path::new("/dev/null"));
+    assert_eq!(link(proc.join("fd/1")), Path::new("/dev/null"));
+    let score = |path: PathBuf| {
+        fs::read_to_string(path.join("oom_score_adj"))
+            .unwrap()
+            .trim()
+            .parse::<i32>()
+            .unwrap()
+    };
+    assert_eq!(score(proc), (score("/proc/self".into()) + 1).min(1000));
+
+    for _ in 0..2 {
+        let response = host.delete("c1");
+        assert_eq!(response.exit_status, 137);
+        assert!(response.exited_at.seconds > 1_600_000_000);
+        assert!(!shim.is_alive());
+        host.nothing_is_left();
+    }
+}
+
+#[test]
+fn delete_without_any_start() {
+    let host = Host::new();
+    host.bundle("c1", &[]);
+    assert_eq!(host.delete("c1").exit_status, 137);
+    host.nothing_is_left();
+}
+
+#[test]
+fn a_pods_containers_share_its_shim() {
+    let host = Host::new();
+    host.bundle("pod", &SANDBOX);
+    let second = host.bundle("c2", &CONTAINER);
+    let address = host.started("pod");
+    let shim = host.serving("pod");
+    assert_eq!(host.started("c2"), address);
+    assert_eq!(fs::read_to_string(second.join("address")).unwrap(), address);
+    assert_eq!(host.serving("pod"), shim);
+    assert_eq!(host.pod("pod").siblings().len(), 1);
+    assert!(host.pod("pod").load().unwrap().containers.contains("c2"));
+    // The pod goes with its sandbox container.
+    host.delete("pod");
+    assert!(!shim.is_alive());
+    host.delete("c2");
+    host.nothing_is_left();
+}
+
+#[test]
+fn a_container_whose_pod_is_not_there_is_refused() {
+    let host = Host::new();
+    host.bundle("c2", &CONTAINER);
+    let line = complaint(&host.start("c2"));
+    assert!(
+        line.contains("pod") && line.contains("not running"),
+        "{line}"
+    );
+    host.delete("c2");
+    host.nothing_is_left();
+}
+
+#[test]
+fn what_a_killed_shim_leaves_goes_with_the_next_start() {
+    let host = Host::new();
+    host.bundle("c1", &[]);
+    host.bundle("c2", &[]);
+    let old = host.started("c1");
+    // Its VMM would be named in the state; any process will do here.
+    let mut vmm = Command::new("sleep").arg("1000").spawn().unwrap();
+    let id = ProcessId::of(i32::try_from(vmm.id()).unwrap()).unwrap();
+    host.pod("c1").update(|state| state.vmm = Some(id)).unwrap();
+    assert!(
+        host.serving("c1")
+            .kill(std::time::Duration::from_secs(10))
+            .unwrap()
+    );
+
+    host.started("c2");
+    assert!(!id.is_alive(), "the dead pod's VMM runs on");
+    vmm.wait().unwrap();
+    assert!(!host.pod("c1").path().exists());
+    assert!(!socket(&old).exists());
+    // containerd's own clean-up of c1 comes later and finds nothing, and c2 lives.
+    assert_eq!(host.delete("c1").exit_status, 137);
+    assert!(host.serving("c2").is_alive());
+    // The same id again.
+    let again = host.started("c1");
+    assert_eq!(again, old);
+    host.delete("c1");
+    host.delete("c2");
+    host.nothing_is_left();
+}
+
+#[test]
+fn broken_settings_and_specs_are_one_clear_line() {
+    let host = Host::new();
+    let bundle = host.bundle("c1", &[]);
+    host.configure("default_vcpus = 0\n");
+    let line = complaint(&host.start("c1"));
+    assert!(
+        line.contains("config.toml, line 3, key default_vcpus") && line.contains("1 to"),
+        "{line}"
+    );
+    host.configure("");
+    fs::write(bundle.join("config.json"), "{\"annotations\": 3}").unwrap();
+    let line = complaint(&host.start("c1"));
+    assert!(line.contains("config.json"), "{line}");
+    host.nothing_is_left();
+}
+
+#[test]
+fn options_on_standard_input_are_heeded() {
+    let host = Host::new();
+    host.bundle("c1", &[]);
+    let run = |input: &[u8]| {
+        let mut child = host
+            .shim("c1", "start")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(input).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    let any = |name: &str, value: Vec<u8>| Any {
+        type_url: name.into(),
+        value,
+        ..Default::default()
+    };
+    let runc = oci::Options {
+        shim_cgroup: "/no/such/cgroup".into(),
+        ..Default::default()
+    };
+    let input = any("containerd.runc.v1.Options", runc.write_to_bytes().unwrap())
+        .write_to_bytes()
+        .unwrap();
+    let line = complaint(&run(&input));
+    assert!(line.contains("/no/such/cgroup"), "{line}");
+    host.nothing_is_left();
+
+    let path = host.path("other.toml");
+    fs::write(&path, "kernle = 1\n").unwrap();
+    let mut value = vec![0x12, u8::try_from(path.as_os_str().len()).unwrap()];
+    value.extend(path.to_str().unwrap().bytes());
+    let line = complaint(&run(&any("runtimeoptions.v1.Options", value)
+        .write_to_bytes()
+        .unwrap()));
+    assert!(line.contains("other.toml, line 1, key kernle"), "{line}");
+
+    let sockets = host.path("elsewhere");
+    let params = BootstrapParams {
+        instance_id: "c1".into(),
+        namespace: "test".into(),
+        socket_dir: Some(sockets.to_str().unwrap().into()),
+        ..Default::default()
+    };
+    let address = address(run(&params.write_to_bytes().unwrap()));
+    assert!(socket(&address).starts_with(&sockets), "{address}");
+    host.delete("c1");
+    assert!(!socket(&address).exists());
+
+    // Nonsense is for the log.
+    let output = run(b"\xff\xff\xff");
+    assert!(output.status.success(), "{output:?}");
+    host.delete("c1");
+    host.nothing_is_left();
+}
+
+#[test]
+fn an_input_that_never_ends_does_not_hang_the_start() {
+    let host = Host::new();
+    host.bundle("c1", &[]);
+    let mut child = host
+        .shim("c1", "start")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let _open = child.stdin.take();
+    address(child.wait_with_output().unwrap());
+}
+
+#[test]
+fn the_log_goes_to_the_bundles_fifo_with_the_pods_id() {
+    let host = Host::new();
+    let bundle = host.bundle("c1", &[]);
+    nix::unistd::mkfifo(&bundle.join("log"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut log = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(bundle.join("log"))
+        .unwrap();
+    host.started("c1");
+    let mut got = Vec::new();
+    let mut chunk = [0; 4096];
+    while !text(&got).contains("shim serves") {
+        match log.read(&mut chunk) {
+            Ok(n) => {
+                assert!(n > 0, "nobody holds the log open");
+                got.extend_from_slice(&chunk[..n]);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => std::thread::yield_now(),
+            Err(e) => panic!("{e}"),
+        }
+    }
+    let got = text(&got);
+    assert!(
+        got.starts_with("time=\"2") && got.contains(" level=info msg=\"shim serves\" pod=c1 "),
+        "{got}"
+    );
+}
+
+#[test]
+fn ten_starts_of_one_group_at_once_make_one_shim() {
+    let host = Host::new();
+    let group = [("io.containerd.runc.v2.group", "together")];
+    let ids: Vec<_> = (0..10).map(|n| format!("c{n}")).collect();
+    ids.iter().for_each(|id| drop(host.bundle(id, &group)));
+    let addresses: Vec<_> = std::thread::scope(|scope| {
+        let starts: Vec<_> = ids
+            .iter()
+            .map(|id| scope.spawn(|| host.started(id)))
+            .collect();
+        starts
+            .into_iter()
+            .map(|start| start.join().unwrap())
+            .collect()
+    });
+    assert!(
+        addresses.iter().all(|a| Some(a) == addresses.first()),
+        "{addresses:?}"
+    );
+    assert_eq!(host.pod("x").siblings().len(), 1);
+    assert_eq!(host.pod("together").load().unwrap().containers.len(), 10);
+}
+
+#[test]
+fn info_version_and_help() {
+    let run = |arguments: &[&str]| {
+        Command::new(SHIM)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    };
+    let info = RuntimeInfo::parse_from_bytes(&run(&["-info"]).stdout).unwrap();
+    assert_eq!(info.name, "io.containerd.husk.v2");
+    assert!(text(&run(&["-v"]).stdout).contains(env!("CARGO_PKG_VERSION")));
+    for arguments in [&["-h"][..], &[]] {
+        let output = run(arguments);
+        assert!(output.status.success());
+        assert!(text(&output.stdout).contains("ctr run --runtime io.containerd.husk.v2"));
+    }
+    let line = complaint(&run(&["-wat"]));
+    assert!(line.contains("unknown flag -wat"), "{line}");
+}
