@@ -1,0 +1,145 @@
+//! The container's namespaces: which to join, which to make, and the identity maps of a user namespace.
+//!
+//! Existing ones are joined first, while the process still has the guest's full rights; the new ones are made
+//! by the clone that makes the container's init, all at once, so that the kernel gives them to the new user
+//! namespace where there is one. A joined user namespace comes last of the joins, since it ends those rights.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType, LinuxTimeOffset};
+
+use super::error::{LaunchError, Step};
+use super::paths::open_file;
+use super::spec::has_path;
+
+/// What to do about the container's namespaces.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    join: Vec<(LinuxNamespaceType, OwnedFd)>,
+    /// CLONE_NEW* bits to make, without CLONE_NEWTIME.
+    pub(crate) create: i32,
+    time: bool,
+}
+
+impl Plan {
+    /// Opens the namespaces to join.
+    pub(crate) fn open(linux: &Linux) -> Result<Self, LaunchError> {
+        let mut plan = Self {
+            join: Vec::new(),
+            create: 0,
+            time: false,
+        };
+        for namespace in linux.namespaces().iter().flatten() {
+            let typ = namespace.typ();
+            match namespace.path() {
+                Some(path) if has_path(Some(path)) => {
+                    let fd = open_file(path)
+                        .spec_step(|| format!("opening {typ} namespace {path:?} to join"))?;
+                    plan.join.push((typ, fd));
+                }
+                _ if typ == LinuxNamespaceType::Time => plan.time = true,
+                _ => plan.create |= typ as i32,
+            }
+        }
+        plan.join
+            .sort_by_key(|(typ, _)| *typ == LinuxNamespaceType::User);
+        Ok(plan)
+    }
+
+    /// Whether this type is made anew.
+    pub(crate) fn creates(&self, typ: LinuxNamespaceType) -> bool {
+        self.create & typ as i32 != 0
+    }
+
+    /// Whether the container lives in a user namespace other than the guest's.
+    pub(crate) fn has_user(&self) -> bool {
+        self.creates(LinuxNamespaceType::User) || self.joins(LinuxNamespaceType::User)
+    }
+
+    fn joins(&self, typ: LinuxNamespaceType) -> bool {
+        self.join.iter().any(|(joined, _)| *joined == typ)
+    }
+
+    /// Joins what exists and prepares the time namespace; children are then in them.
+    pub(crate) fn enter(&self, linux: &Linux) -> Result<(), LaunchError> {
+        if self.time {
+            unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME))
+                .step(|| "making a time namespace".to_owned())?;
+            if let Some(offsets) = linux.time_offsets() {
+                write_time_offsets(offsets)?;
+            }
+        }
+        for (typ, fd) in &self.join {
+            setns(fd.as_fd(), CloneFlags::from_bits_retain(*typ as i32))
+                .spec_step(|| format!("joining the {typ} namespace"))?;
+        }
+        Ok(())
+    }
+}
+
+fn write_time_offsets(
+    offsets: &std::collections::HashMap<String, LinuxTimeOffset>,
+) -> Result<(), LaunchError> {
+    let mut lines = String::new();
+    for (clock, offset) in offsets {
+        if clock != "monotonic" && clock != "boottime" {
+            return Err(LaunchError::invalid(format!(
+                "invalid clock {clock:?} in linux.timeOffsets: \"monotonic\" or \"boottime\""
+            )));
+        }
+        let (seconds, nanoseconds) = (
+            offset.secs().unwrap_or_default(),
+            offset.nanosecs().unwrap_or_default(),
+        );
+        lines.push_str(&format!("{clock} {seconds} {nanoseconds}\n"));
+    }
+    if lines.is_empty() {
+        return Ok(());
+    }
+    fs::write("/proc/self/timens_offsets", lines)
+        .spec_step(|| "setting linux.timeOffsets".to_owned())
+}
+
+/// Writes the maps of a process that has just got a user namespace of its own.
+pub(crate) fn write_id_maps(pid: i32, linux: &Linux) -> Result<(), LaunchError> {
+    for (file, mappings) in [
+        ("uid_map", linux.uid_mappings()),
+        ("gid_map", linux.gid_mappings()),
+    ] {
+        let lines: String = mappings.iter().flatten().map(map_line).collect();
+        fs::write(format!("/proc/{pid}/{file}"), &lines)
+            .spec_step(|| format!("writing {file} {lines:?}"))?;
+    }
+    Ok(())
+}
+
+fn map_line(mapping: &LinuxIdMapping) -> String {
+    format!(
+        "{} {} {}\n",
+        mapping.container_id(),
+        mapping.host_id(),
+        mapping.size()
+    )
+}
+
+/// Becomes root of the user namespace that the process is in: until then its ids are unmapped.
+pub(crate) fn become_root() -> Result<(), LaunchError> {
+    use rustix::process::{Gid, Uid};
+    rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT)
+        .step(|| "becoming group 0 of the user namespace".to_owned())?;
+    rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT)
+        .step(|| "becoming user 0 of the user namespace".to_owned())
+}
+
+/// The namespaces of a running container, joined through its init's pidfd. Some may be the guest's
+/// own, which joining again leaves as they are; a user namespace can only be joined when it is another one.
+pub(crate) fn join_all(init: impl AsFd, namespaces: i32) -> Result<(), LaunchError> {
+    setns(init.as_fd(), CloneFlags::from_bits_retain(namespaces)).map_err(|errno| match errno {
+        nix::errno::Errno::ESRCH => LaunchError::NotRunning(
+            "cannot exec in a container whose init process has ended".into(),
+        ),
+        errno => LaunchError::internal(format!("joining the container's namespaces: {errno}")),
+    })
+}

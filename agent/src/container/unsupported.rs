@@ -1,0 +1,200 @@
+//! The spec fields that husk does not honour, in one place: each is logged once, by its name.
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+
+use oci_spec::runtime::{LinuxResources, Process, Spec};
+use serde_json::Value;
+
+static REPORTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// Logs that a field is not honoured, the first time it is seen. Returns whether this was the first.
+fn report(field: &str, why: &str) -> bool {
+    let first = REPORTED
+        .lock()
+        .is_ok_and(|mut reported| reported.insert(field.to_owned()));
+    if first {
+        tracing::warn!("spec field {field} is not honoured: {why}");
+    }
+    first
+}
+
+const NO_LSM: &str = "the guest's kernel has no such security module; the VM is the boundary";
+const NOT_V2: &str = "cgroup v2 has no such control";
+const NOT_LINUX: &str = "it is for another platform";
+
+/// Reports fields that no type of ours knows: what the parsed spec, written again, lacks.
+pub(crate) fn report_unknown(given: &Value, spec: &Spec) {
+    if let Ok(known) = serde_json::to_value(spec) {
+        for field in missing(given, &known, String::new()) {
+            report(&field, "husk does not know it");
+        }
+    }
+}
+
+fn missing(given: &Value, known: &Value, path: String) -> Vec<String> {
+    match (given, known) {
+        (Value::Object(given), Value::Object(known)) => given
+            .iter()
+            .filter(|(_, value)| !is_empty(value))
+            .flat_map(|(key, value)| {
+                let path = if path.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{path}.{key}")
+                };
+                match known.get(key) {
+                    Some(known) => missing(value, known, path),
+                    None => vec![path],
+                }
+            })
+            .collect(),
+        (Value::Array(given), Value::Array(known)) if given.len() == known.len() => given
+            .iter()
+            .zip(known)
+            .flat_map(|(given, known)| missing(given, known, path.clone()))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(values) => values.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        _ => false,
+    }
+}
+
+/// Reports what a container's spec asks for in vain.
+pub(crate) fn report_spec(spec: &Spec) {
+    for (present, field) in [
+        (spec.solaris().is_some(), "solaris"),
+        (spec.windows().is_some(), "windows"),
+        (spec.vm().is_some(), "vm"),
+        (spec.zos().is_some(), "zos"),
+    ] {
+        if present {
+            report(field, NOT_LINUX);
+        }
+    }
+    if let Some(process) = spec.process() {
+        report_process(process);
+    }
+    let Some(linux) = spec.linux() else {
+        return;
+    };
+    if linux.mount_label().as_ref().is_some_and(|l| !l.is_empty()) {
+        report("linux.mountLabel", NO_LSM);
+    }
+    if linux.intel_rdt().is_some() {
+        report("linux.intelRdt", "the guest has no resctrl file system");
+    }
+    if linux.memory_policy().is_some() {
+        report("linux.memoryPolicy", "the guest has one memory node");
+    }
+    if linux.net_devices().as_ref().is_some_and(|d| !d.is_empty()) {
+        report(
+            "linux.netDevices",
+            "the pod's interfaces are the VM's, set up for all its containers",
+        );
+    }
+    if let Some(seccomp) = linux.seccomp()
+        && seccomp.listener_path().is_some()
+    {
+        report(
+            "linux.seccomp.listenerPath",
+            "no filter of husk's notifies anyone",
+        );
+    }
+    if let Some(resources) = linux.resources() {
+        report_resources(resources);
+    }
+}
+
+/// Reports what a process asks for in vain.
+pub(crate) fn report_process(process: &Process) {
+    let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    if set(process.apparmor_profile()) {
+        report("process.apparmorProfile", NO_LSM);
+    }
+    if set(process.selinux_label()) {
+        report("process.selinuxLabel", NO_LSM);
+    }
+    if set(process.command_line()) {
+        report("process.commandLine", NOT_LINUX);
+    }
+}
+
+/// Reports limits that the guest cannot enforce.
+#[allow(
+    deprecated,
+    reason = "memory.kernel is deprecated in the spec, and reported for that reason"
+)]
+pub(crate) fn report_resources(resources: &LinuxResources) {
+    if let Some(memory) = resources.memory() {
+        for (present, field) in [
+            (memory.kernel().is_some(), "linux.resources.memory.kernel"),
+            (
+                memory.kernel_tcp().is_some(),
+                "linux.resources.memory.kernelTCP",
+            ),
+            (
+                memory.swappiness().is_some(),
+                "linux.resources.memory.swappiness",
+            ),
+            (
+                memory.disable_oom_killer() == Some(true),
+                "linux.resources.memory.disableOOMKiller",
+            ),
+        ] {
+            if present {
+                report(field, NOT_V2);
+            }
+        }
+    }
+    if let Some(cpu) = resources.cpu() {
+        let realtime = cpu.realtime_period().is_some_and(|p| p != 0)
+            || cpu.realtime_runtime().is_some_and(|r| r != 0);
+        if realtime {
+            report("linux.resources.cpu.realtimeRuntime", NOT_V2);
+        }
+    }
+    if let Some(io) = resources.block_io() {
+        let per_device = io
+            .weight_device()
+            .iter()
+            .flatten()
+            .any(|device| device.leaf_weight().is_some());
+        if io.leaf_weight().is_some() || per_device {
+            report("linux.resources.blockIO.leafWeight", NOT_V2);
+        }
+    }
+    if let Some(network) = resources.network()
+        && (network.class_id().is_some()
+            || network.priorities().as_ref().is_some_and(|p| !p.is_empty()))
+    {
+        report("linux.resources.network", NOT_V2);
+    }
+    if resources.rdma().as_ref().is_some_and(|r| !r.is_empty()) {
+        report("linux.resources.rdma", "the guest has no RDMA devices");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn unknown_fields_are_named_and_reported_once() {
+        let given = json!({"a": 1, "b": {"c": 2, "d": {}}, "e": [{"f": 1}], "g": ""});
+        let known = json!({"a": 1, "b": {}, "e": [{}]});
+        assert_eq!(missing(&given, &known, String::new()), ["b.c", "e.f"]);
+        assert!(report("test.field", "a test"));
+        assert!(!report("test.field", "a test"));
+    }
+}
