@@ -3,9 +3,8 @@
 //! A file that is not there means the defaults; a file that is there must be right: an unknown key or a value out
 //! of its range is an error that names file, line and key, because a typo that silently means the default is found only
 //! in production. `deploy/config.toml` shows every key with its default. A pod may change a few of them by annotation
-//! ([`Overrides`]), each only if `enabled_annotations` lists it.
+//! ([`crate::annotations`]), each only if `enabled_annotations` lists it.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,12 +13,12 @@ use husk_protocol::vm::{CachePolicy, MAX_VCPUS, MIN_MEMORY_MIB};
 use serde::Deserialize;
 use toml::Spanned;
 
+use crate::annotations::Annotation;
+
 /// Where the settings are unless `$HUSK_CONFIG` or the runtime options' `ConfigPath` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/husk/config.toml";
 /// Environment variable that names another file.
 pub const PATH_VARIABLE: &str = "HUSK_CONFIG";
-/// Prefix of the annotations that are ours.
-const ANNOTATION_PREFIX: &str = "io.husk.";
 /// More than any machine has; catches a size given in bytes.
 const MEMORY_CEILING_MIB: u64 = 16 * 1024 * 1024;
 
@@ -72,51 +71,6 @@ pub enum LogLevel {
     Debug,
     /// Everything.
     Trace,
-}
-
-/// An annotation `io.husk.NAME` of a pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Annotation {
-    /// `io.husk.vcpus`: vCPUs of the pod's VM, whatever its limits say.
-    Vcpus,
-    /// `io.husk.memory_mib`: memory of the pod's VM in MiB, whatever its limits say.
-    MemoryMib,
-    /// `io.husk.kernel_params`: appended to the guest kernel's command line.
-    KernelParams,
-    /// `io.husk.debug_console`: `true` or `false`.
-    DebugConsole,
-}
-
-impl Annotation {
-    const ALL: [Self; 4] = [
-        Self::Vcpus,
-        Self::MemoryMib,
-        Self::KernelParams,
-        Self::DebugConsole,
-    ];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Vcpus => "vcpus",
-            Self::MemoryMib => "memory_mib",
-            Self::KernelParams => "kernel_params",
-            Self::DebugConsole => "debug_console",
-        }
-    }
-}
-
-/// What a pod's annotations change.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Overrides {
-    /// vCPUs, within the node's maximum.
-    pub vcpus: Option<u8>,
-    /// Memory in MiB, within the node's maximum.
-    pub memory_mib: Option<u64>,
-    /// Appended after the node's `kernel_params`.
-    pub kernel_params: Option<String>,
-    /// Replaces the node's `debug_console`.
-    pub debug_console: Option<bool>,
 }
 
 /// The file as written; every key may be absent.
@@ -272,64 +226,6 @@ impl Config {
             .unwrap_or(config.enabled_annotations);
         Ok(config)
     }
-
-    /// Reads the pod's `io.husk.*` annotations; others are not ours.
-    ///
-    /// # Errors
-    /// [`ConfigError::Annotation`] for one that is unknown, not enabled on this node, or out of range.
-    pub fn overrides(
-        &self,
-        annotations: &HashMap<String, String>,
-    ) -> Result<Overrides, ConfigError> {
-        let mut overrides = Overrides::default();
-        for (full, value) in annotations {
-            let Some(name) = full.strip_prefix(ANNOTATION_PREFIX) else {
-                continue;
-            };
-            let error = |reason: String| ConfigError::Annotation {
-                name: full.clone(),
-                reason,
-            };
-            let Some(annotation) = Annotation::ALL.into_iter().find(|a| a.name() == name) else {
-                let known = Annotation::ALL.map(Annotation::name).join(", ");
-                return Err(error(format!(
-                    "unknown; husk has {ANNOTATION_PREFIX}{{{known}}}"
-                )));
-            };
-            if !self.enabled_annotations.contains(&annotation) {
-                return Err(error(format!(
-                    "not enabled on this node; to allow it, add {name:?} to enabled_annotations in {DEFAULT_PATH}"
-                )));
-            }
-            match annotation {
-                Annotation::Vcpus => {
-                    overrides.vcpus = Some(in_range(value, 1, self.max_vcpus).map_err(error)?);
-                }
-                Annotation::MemoryMib => {
-                    overrides.memory_mib =
-                        Some(in_range(value, MIN_MEMORY_MIB, self.max_memory_mib).map_err(error)?);
-                }
-                Annotation::KernelParams => overrides.kernel_params = Some(value.clone()),
-                Annotation::DebugConsole => {
-                    let flag = value.trim().parse();
-                    overrides.debug_console =
-                        Some(flag.map_err(|_| error(format!("{value:?} is not true or false")))?);
-                }
-            }
-        }
-        Ok(overrides)
-    }
-}
-
-fn in_range<T: std::str::FromStr + PartialOrd + fmt::Display>(
-    value: &str,
-    min: T,
-    max: T,
-) -> Result<T, String> {
-    match value.trim().parse::<T>() {
-        Ok(n) if n >= min && n <= max => Ok(n),
-        _ => Err(format!("{value:?} is not a number from {min} to {max}")),
-    }
 }
 
 /// Turns places in the text into file, line and key.
@@ -398,8 +294,8 @@ impl Reader<'_> {
     }
 }
 
-/// The VMM of the shim's own directory where there is one (a build tree, a test), else the packaged one.
-/// The directory of kernel, initramfs and VMM: `/usr/lib/husk` for a shim in `/usr/bin`.
+/// Where kernel, initramfs and VMM are: `lib/husk` of the prefix that the shim is installed in, `/usr/local/lib/husk` for
+/// a shim in `/usr/local/bin`.
 fn lib_dir() -> PathBuf {
     std::env::current_exe()
         .ok()
@@ -445,7 +341,9 @@ mod tests {
         assert_eq!(parse(EXAMPLE).unwrap(), Config::default());
         let defaults = Config::default();
         let shown = Config {
-            // These three depend on the machine.
+            // These depend on the machine and on where husk is installed.
+            kernel: defaults.kernel.clone(),
+            initramfs: defaults.initramfs.clone(),
             vmm: defaults.vmm.clone(),
             max_vcpus: defaults.max_vcpus,
             max_memory_mib: defaults.max_memory_mib,
@@ -520,53 +418,6 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(message.contains("/no/such/config.toml"), "{message}");
-    }
-
-    fn overrides(config: &str, annotations: &[(&str, &str)]) -> Result<Overrides, String> {
-        let map = annotations
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect();
-        parse(config)
-            .unwrap()
-            .overrides(&map)
-            .map_err(|e| e.to_string())
-    }
-
-    #[test]
-    fn annotations_count_where_the_node_allows_them() {
-        let all = "max_vcpus = 4\nmax_memory_mib = 1024\nenabled_annotations = [\"vcpus\", \"memory_mib\", \"debug_console\", \"kernel_params\"]";
-        let given = [
-            ("io.husk.vcpus", "2"),
-            ("io.husk.memory_mib", "1024"),
-            ("io.husk.debug_console", "true"),
-            ("io.husk.kernel_params", "quiet"),
-            ("io.kubernetes.cri.container-type", "sandbox"),
-        ];
-        let got = overrides(all, &given).unwrap();
-        assert_eq!(
-            got,
-            Overrides {
-                vcpus: Some(2),
-                memory_mib: Some(1024),
-                kernel_params: Some("quiet".into()),
-                debug_console: Some(true)
-            }
-        );
-        let message = overrides("", &[("io.husk.vcpus", "2")]).unwrap_err();
-        assert!(
-            message.contains("io.husk.vcpus") && message.contains("enabled_annotations"),
-            "{message}"
-        );
-        let message = overrides(all, &[("io.husk.vcpu", "2")]).unwrap_err();
-        assert!(
-            message.contains("io.husk.vcpu:") && message.contains("memory_mib"),
-            "{message}"
-        );
-        let message = overrides(all, &[("io.husk.vcpus", "5")]).unwrap_err();
-        assert!(message.contains("from 1 to 4"), "{message}");
-        let message = overrides(all, &[("io.husk.debug_console", "yes")]).unwrap_err();
-        assert!(message.contains("true or false"), "{message}");
     }
 
     proptest! {

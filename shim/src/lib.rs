@@ -5,6 +5,7 @@
 //! long-running part ([`daemon`]) serves the task API and owns the pod.
 
 pub mod agent;
+pub mod annotations;
 pub mod args;
 pub mod bootstrap;
 pub mod cgroup;

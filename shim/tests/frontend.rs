@@ -1,6 +1,11 @@
 //! The shim as containerd runs it: `start`, `delete`, `-info`, as processes, on a host of temporary directories.
 //!
 //! Needs root, as the shim does (a mount namespace of its own). No VM is started: that takes a Create.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test's helpers fail the test"
+)]
 
 use std::fs;
 use std::io::{Read as _, Write as _};
