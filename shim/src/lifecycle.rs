@@ -268,11 +268,17 @@ impl Lifecycle {
         if exec_id.is_empty() {
             self.init.stage = Stage::Ending(exit);
         } else {
+            let was_announced = process.stage != Stage::Created;
             process.stage = Stage::Exited(exit);
-            self.announce.push(Announcement::Exited {
-                exec_id: exec_id.to_owned(),
-                exit,
-            });
+            if was_announced {
+                self.announce.push(Announcement::Exited {
+                    exec_id: exec_id.to_owned(),
+                    exit,
+                });
+            } else {
+                // Nobody was told of a start, so nobody is told of an end.
+                process.over.send_replace(Some(exit));
+            }
         }
         self.end_init_if_last();
     }

@@ -69,13 +69,13 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// Starts the pod's VM in the background. Its state tells how that goes. Must be called within a tokio runtime.
-    pub fn start(context: &ShimContext, driver: Arc<dyn Driver>) -> Arc<Self> {
+    pub fn start(context: &ShimContext, share: Share, driver: Arc<dyn Driver>) -> Arc<Self> {
         let sandbox = Arc::new(Self {
             id: context.sandbox_id.clone(),
             bundle: context.bundle.clone(),
             config: context.config.clone(),
             pod: context.pod.clone(),
-            share: Share::new(context.pod.share()),
+            share,
             streams: Streams::default(),
             phase: PhaseSender::default(),
             machine: OnceLock::new(),

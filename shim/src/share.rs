@@ -73,12 +73,25 @@ pub enum ShareError {
 #[derive(Debug, Clone)]
 pub struct Share {
     root: PathBuf,
+    mount: fn(&MountRequest, &Path) -> Result<(), MountError>,
 }
 
 impl Share {
     /// The share below this directory, which exists.
     pub fn new(root: PathBuf) -> Self {
-        Self { root }
+        Self {
+            root,
+            mount: mount::apply,
+        }
+    }
+
+    /// A share whose mounts are not made: for tests of what lies above.
+    #[cfg(test)]
+    pub fn without_mounts(root: PathBuf) -> Self {
+        Self {
+            root,
+            mount: |_, _| Ok(()),
+        }
     }
 
     /// The directory to serve, for the VMM.
@@ -123,10 +136,10 @@ impl Share {
             if !path.is_dir() {
                 return Err(ShareError::NoRootfs { path });
             }
-            mount::apply(&bind(&path, true), &root)?;
+            (self.mount)(&bind(&path, true), &root)?;
         }
         for request in rootfs {
-            mount::apply(request, &root)?;
+            (self.mount)(request, &root)?;
         }
         let mut paths = GuestPaths {
             rootfs: guest("rootfs"),
@@ -149,7 +162,7 @@ impl Share {
             if kind.file_type().is_socket() {
                 warn!(source = %bound.source.display(), "a socket of the host is mounted: the guest sees it but cannot connect through a VM's border");
             }
-            mount::apply(&bind(&bound.source, bound.recursive), &target)?;
+            (self.mount)(&bind(&bound.source, bound.recursive), &target)?;
             paths
                 .mounts
                 .insert(bound.index, guest(&format!("mounts/{}", bound.index)));

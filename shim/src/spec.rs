@@ -3,14 +3,14 @@
 //! The spec was written for a process on this host. In the guest the root file system and the sources of bind mounts live
 //! below the pod's share, the host's namespaces, cgroups, security labels and devices do not exist, and its CPUs have other
 //! numbers. Everything else goes through as it is (also fields that husk does not know: the agent names those it
-//! does not honour), so the rewriting works on the JSON value and only reads through the typed spec.
+//! does not honour), so the rewriting works on the JSON value; typed is only what the shim reads for itself.
 
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::Spec;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
@@ -53,7 +53,62 @@ pub enum SpecError {
 pub struct BundleSpec {
     bundle: PathBuf,
     value: Value,
-    typed: Spec,
+    read: Read,
+}
+
+/// What the shim itself reads of a spec. The rest is the agent's to understand.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Read {
+    root: Option<Root>,
+    annotations: Option<HashMap<String, String>>,
+    linux: Option<Linux>,
+    mounts: Option<Vec<Mount>>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct Root {
+    path: PathBuf,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct Mount {
+    destination: String,
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    source: Option<PathBuf>,
+    options: Option<Vec<String>>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Linux {
+    cgroups_path: Option<PathBuf>,
+    resources: Option<Resources>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct Resources {
+    memory: Option<Memory>,
+    cpu: Option<Cpu>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct Memory {
+    limit: Option<i64>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct Cpu {
+    shares: Option<u64>,
+    quota: Option<i64>,
+    period: Option<u64>,
+    cpus: Option<String>,
 }
 
 /// A bind mount of the spec whose source is on this host.
@@ -103,60 +158,48 @@ impl BundleSpec {
         };
         let value: Value = serde_json::from_slice(bytes).map_err(invalid)?;
         // From the bytes once more: this way an error names its line.
-        let typed: Spec = serde_json::from_slice(bytes).map_err(invalid)?;
-        let has_root = typed
-            .root()
+        let read: Read = serde_json::from_slice(bytes).map_err(invalid)?;
+        let has_root = read
+            .root
             .as_ref()
-            .is_some_and(|root| !root.path().as_os_str().is_empty());
-        if !value.is_object() || !has_root {
+            .is_some_and(|root| !root.path.as_os_str().is_empty());
+        if !has_root {
             return Err(SpecError::NoRoot { path });
         }
         Ok(Self {
             bundle: bundle.to_owned(),
             value,
-            typed,
+            read,
         })
     }
 
     /// The root file system that the spec names, absolute.
     pub fn root_path(&self) -> PathBuf {
-        let path = self.typed.root().as_ref().map(|root| root.path().clone());
+        let path = self.read.root.as_ref().map(|root| root.path.clone());
         self.bundle.join(path.unwrap_or_default())
     }
 
     /// Annotations; empty where there are none.
     pub fn annotations(&self) -> HashMap<String, String> {
-        self.typed.annotations().clone().unwrap_or_default()
-    }
-
-    /// The host name it asks for.
-    pub fn hostname(&self) -> Option<&str> {
-        self.typed.hostname().as_deref()
+        self.read.annotations.clone().unwrap_or_default()
     }
 
     /// Its cgroup on the host.
     pub fn cgroups_path(&self) -> Option<&Path> {
-        self.typed.linux().as_ref()?.cgroups_path().as_deref()
+        self.read.linux.as_ref()?.cgroups_path.as_deref()
     }
 
     /// What the VM must offer: the pod's annotations where there are any, else this container's limits.
     pub fn hints(&self) -> Hints {
-        let resources = self
-            .typed
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.resources().as_ref());
-        let cpu = resources.and_then(|r| r.cpu().as_ref());
-        let cpus = cpu.and_then(|c| c.cpus().as_deref()).unwrap_or_default();
+        let linux = self.read.linux.clone().unwrap_or_default();
+        let resources = linux.resources.unwrap_or_default();
+        let cpu = resources.cpu.unwrap_or_default();
         let own = Hints {
-            memory_limit: resources
-                .and_then(|r| r.memory().as_ref())
-                .and_then(|m| m.limit())
-                .unwrap_or(0),
-            cpu_quota: cpu.and_then(|c| c.quota()).unwrap_or(0),
-            cpu_period: cpu.and_then(|c| c.period()).unwrap_or(0),
-            cpu_shares: cpu.and_then(|c| c.shares()).unwrap_or(0),
-            cpuset_cpus: sizing::count_cpus(cpus),
+            memory_limit: resources.memory.and_then(|m| m.limit).unwrap_or(0),
+            cpu_quota: cpu.quota.unwrap_or(0),
+            cpu_period: cpu.period.unwrap_or(0),
+            cpu_shares: cpu.shares.unwrap_or(0),
+            cpuset_cpus: sizing::count_cpus(&cpu.cpus.unwrap_or_default()),
         };
         Hints::from_annotations(&self.annotations()).unwrap_or(own)
     }
@@ -164,17 +207,15 @@ impl BundleSpec {
     /// Bind mounts whose source lies on this host and must be shared. Those of the kernel's own trees are not among
     /// them: in the guest they mean the guest's.
     pub fn bind_mounts(&self) -> Vec<BindMount> {
-        let mounts = self.value.get("mounts").and_then(Value::as_array);
+        let mounts = self.read.mounts.as_deref().unwrap_or_default();
         let mut binds = Vec::new();
-        for (index, mount) in mounts.into_iter().flatten().enumerate() {
-            let Some(recursive) = bind_kind(mount) else {
+        for (index, mount) in mounts.iter().enumerate() {
+            let Some(recursive) = mount.bind_kind() else {
                 continue;
             };
-            let source = mount
-                .get("source")
-                .and_then(Value::as_str)
-                .unwrap_or_default();
-            let source = self.bundle.join(source);
+            let source = self
+                .bundle
+                .join(mount.source.as_deref().unwrap_or(Path::new("")));
             if is_kernel_tree(&source) {
                 info!(source = %source.display(), "a bind mount of the kernel's own tree: the container gets the guest's");
                 continue;
@@ -190,10 +231,10 @@ impl BundleSpec {
 
     /// Where the n-th mount goes in the container, for messages.
     pub fn mount_destination(&self, index: usize) -> String {
-        let mounts = self.typed.mounts().as_deref().unwrap_or_default();
+        let mounts = self.read.mounts.as_deref().unwrap_or_default();
         mounts
             .get(index)
-            .map(|mount| mount.destination().display().to_string())
+            .map(|mount| mount.destination.clone())
             .unwrap_or_default()
     }
 
@@ -231,20 +272,13 @@ impl BundleSpec {
     }
 }
 
-/// `Some(recursive)` for a bind mount.
-fn bind_kind(mount: &Value) -> Option<bool> {
-    let kind = mount
-        .get("type")
-        .and_then(Value::as_str)
-        .unwrap_or_default();
-    let options = mount.get("options").and_then(Value::as_array);
-    let mut options = options.into_iter().flatten().filter_map(Value::as_str);
-    let named: Vec<&str> = options
-        .by_ref()
-        .filter(|o| matches!(*o, "bind" | "rbind"))
-        .collect();
-    let is_bind = matches!(kind, "bind" | "rbind") || !named.is_empty();
-    is_bind.then(|| kind == "rbind" || named.contains(&"rbind"))
+impl Mount {
+    /// `Some(recursive)` for a bind mount.
+    fn bind_kind(&self) -> Option<bool> {
+        let kind = self.kind.as_deref().unwrap_or_default();
+        let has = |name: &str| kind == name || self.options.iter().flatten().any(|o| o == name);
+        (has("bind") || has("rbind")).then(|| has("rbind"))
+    }
 }
 
 /// Trees that every kernel makes for itself. A host's device node, process or cgroup has no meaning in the guest.

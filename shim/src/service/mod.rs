@@ -6,6 +6,8 @@
 mod stats;
 mod task;
 mod tasks;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -22,6 +24,7 @@ pub use tasks::Tasks;
 
 use crate::{
     context::ShimContext,
+    share::Share,
     vm::{Driver, process::HuskVmm},
 };
 
@@ -58,7 +61,8 @@ pub async fn serve_with(
     listener: UnixListener,
     driver: Arc<dyn Driver>,
 ) -> Result<(), ttrpc::Error> {
-    let tasks = Tasks::start(context, driver);
+    let share = Share::new(context.pod.share());
+    let tasks = Tasks::start(context, share, driver);
     let mut server = Server::new()
         .add_listener(Listener::from(listener))
         .register_service(services(&tasks, V3))

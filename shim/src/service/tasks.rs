@@ -21,6 +21,7 @@ use crate::{
     mount::MountRequest,
     phase::Phase,
     sandbox::Sandbox,
+    share::Share,
     spec::{BundleSpec, GuestPaths},
     stdio::StdioPaths,
     timing::Point,
@@ -58,8 +59,8 @@ pub struct Create {
 
 impl Tasks {
     /// Starts the pod. Must be called within a tokio runtime.
-    pub fn start(context: ShimContext, driver: Arc<dyn Driver>) -> Arc<Self> {
-        let sandbox = Sandbox::start(&context, driver);
+    pub fn start(context: ShimContext, share: Share, driver: Arc<dyn Driver>) -> Arc<Self> {
+        let sandbox = Sandbox::start(&context, share, driver);
         let tasks = Arc::new(Self {
             context,
             sandbox,

@@ -1,0 +1,401 @@
+//! The Task API against a fake guest: what engines rely on.
+
+mod world;
+
+use std::{sync::Arc, time::Duration};
+
+use containerd_shim_protos::{
+    api::{
+        CheckpointTaskRequest, ConnectRequest, DeleteRequest, ExecProcessRequest, KillRequest,
+        PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest,
+        Status, UpdateTaskRequest, WaitRequest,
+    },
+    protobuf::{Message as _, well_known_types::any::Any},
+    shim::oci::ProcessDetails,
+    shim_async::Task as _,
+};
+use husk_protocol::agent::{Event, OomKill, event::Kind};
+use tokio::{sync::mpsc, time::timeout};
+use ttrpc::Code;
+use world::{Fault, Guest, LIMIT, World, context};
+
+/// Shorthands for the calls, with the one container's id filled in.
+impl World {
+    async fn start(&self, exec: &str) -> ttrpc::Result<u32> {
+        let request = StartRequest {
+            id: "c".into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        self.service
+            .start(&context(), request)
+            .await
+            .map(|answer| answer.pid)
+    }
+    async fn wait(&self, exec: &str) -> ttrpc::Result<u32> {
+        let request = WaitRequest {
+            id: "c".into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        let answer = timeout(LIMIT, self.service.wait(&context(), request))
+            .await
+            .unwrap();
+        answer.map(|answer| answer.exit_status)
+    }
+    async fn kill(&self, exec: &str, signal: u32) -> ttrpc::Result<()> {
+        let request = KillRequest {
+            id: "c".into(),
+            exec_id: exec.into(),
+            signal,
+            ..Default::default()
+        };
+        self.service.kill(&context(), request).await.map(drop)
+    }
+    async fn delete(&self, exec: &str) -> ttrpc::Result<u32> {
+        let request = DeleteRequest {
+            id: "c".into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        self.service
+            .delete(&context(), request)
+            .await
+            .map(|answer| answer.exit_status)
+    }
+    async fn exec(&self, exec: &str) -> ttrpc::Result<()> {
+        let spec = Any {
+            value: br#"{"cwd": "/", "args": ["true"]}"#.to_vec(),
+            ..Default::default()
+        };
+        let request = ExecProcessRequest {
+            id: "c".into(),
+            exec_id: exec.into(),
+            spec: Some(spec).into(),
+            ..Default::default()
+        };
+        self.service.exec(&context(), request).await.map(drop)
+    }
+    async fn status(&self, exec: &str) -> ttrpc::Result<Status> {
+        let request = StateRequest {
+            id: "c".into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        let answer = self.service.state(&context(), request).await?;
+        assert_ne!(answer.pid, 0);
+        Ok(answer.status.unwrap())
+    }
+    async fn pids(&self) -> Vec<String> {
+        let request = PidsRequest {
+            id: "c".into(),
+            ..Default::default()
+        };
+        let answer = self.service.pids(&context(), request).await.unwrap();
+        let execs = answer.processes.iter().map(|process| {
+            assert_ne!(process.pid, 0);
+            process.info.as_ref().map(|any| {
+                ProcessDetails::parse_from_bytes(&any.value)
+                    .unwrap()
+                    .exec_id
+            })
+        });
+        execs.map(Option::unwrap_or_default).collect()
+    }
+    async fn shutdown(&self) {
+        self.service
+            .shutdown(&context(), ShutdownRequest::new())
+            .await
+            .unwrap();
+    }
+    async fn is_shut_down(&self) -> bool {
+        timeout(Duration::ZERO, self.tasks.shut_down())
+            .await
+            .is_ok()
+    }
+}
+
+fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
+    match result {
+        Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message),
+        other => panic!("an error status was expected: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_whole_life_in_order() {
+    let w = World::new().await;
+    assert_eq!(code(w.start("").await).0, Code::NOT_FOUND);
+    assert_eq!(w.create().await.unwrap(), 4242);
+    assert_eq!(code(w.create().await).0, Code::ALREADY_EXISTS);
+    assert_eq!(w.status("").await.unwrap(), Status::CREATED);
+    assert_eq!(w.start("").await.unwrap(), 4242);
+    assert_eq!(w.status("").await.unwrap(), Status::RUNNING);
+    assert_eq!(code(w.start("").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(code(w.delete("").await).0, Code::FAILED_PRECONDITION);
+    w.exec("e").await.unwrap();
+    assert_eq!(code(w.exec("e").await).0, Code::ALREADY_EXISTS);
+    assert_eq!(w.pids().await, [""]);
+    w.start("e").await.unwrap();
+    assert_eq!(w.pids().await, ["", "e"]);
+    w.guest.end("c", "e", 5);
+    assert_eq!(w.wait("e").await.unwrap(), 5);
+    assert_eq!(
+        w.wait("e").await.unwrap(),
+        5,
+        "Wait works again after the exit"
+    );
+    assert_eq!(w.delete("e").await.unwrap(), 5);
+    assert_eq!(code(w.wait("e").await).0, Code::NOT_FOUND);
+    w.shutdown().await;
+    assert!(
+        !w.is_shut_down().await,
+        "nothing happens while a container remains"
+    );
+    w.guest.end("c", "", 42);
+    assert_eq!(w.wait("").await.unwrap(), 42);
+    assert_eq!(w.status("").await.unwrap(), Status::STOPPED);
+    assert_eq!(w.pids().await, [""], "a task that is still there has a pid");
+    let (kind, message) = code(w.kill("", 15).await);
+    assert_eq!(kind, Code::NOT_FOUND);
+    assert!(message.contains("process already finished"), "{message}");
+    assert_eq!(code(w.exec("late").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(w.delete("").await.unwrap(), 42);
+    assert_eq!(code(w.delete("").await).0, Code::NOT_FOUND);
+    w.shutdown().await;
+    assert!(w.is_shut_down().await);
+    assert_eq!(
+        w.events(7).await,
+        [
+            "create c",
+            "start c",
+            "exec-added e",
+            "exec-started e",
+            "exit c e 5",
+            "exit c c 42",
+            "delete c"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_process_that_ends_at_once_still_starts_first() {
+    let w = World::new().await;
+    *w.guest.ends_at_once.lock().unwrap() = Some(0);
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    assert_eq!(w.wait("").await.unwrap(), 0);
+    assert_eq!(w.events(3).await, ["create c", "start c", "exit c c 0"]);
+}
+
+#[tokio::test]
+async fn the_inits_exit_takes_the_execs_along_and_comes_last() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    for exec in ["a", "b"] {
+        w.exec(exec).await.unwrap();
+        w.start(exec).await.unwrap();
+    }
+    w.guest.end("c", "", 0);
+    assert_eq!(w.wait("").await.unwrap(), 0);
+    let events = w.events(9).await;
+    assert_eq!(events.last().map(String::as_str), Some("exit c c 0"));
+    for exec in ["a", "b"] {
+        assert!(events.contains(&format!("exit c {exec} 137")), "{events:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_start_that_fails_says_why_and_is_an_exit() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    let words = "exec: \"nope\": executable file not found in $PATH";
+    *w.guest.start_error.lock().unwrap() = Some((Code::INVALID_ARGUMENT, words.into()));
+    assert_eq!(
+        code(w.start("").await),
+        (Code::INVALID_ARGUMENT, words.into())
+    );
+    assert_eq!(w.wait("").await.unwrap(), 127);
+    assert_eq!(code(w.kill("", 9).await).0, Code::NOT_FOUND);
+    assert_eq!(w.delete("").await.unwrap(), 127);
+    assert_eq!(w.events(3).await, ["create c", "exit c c 127", "delete c"]);
+}
+
+#[tokio::test]
+async fn an_exec_that_fails_to_start_leaves_the_container_alone() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    w.exec("e").await.unwrap();
+    *w.guest.start_error.lock().unwrap() = Some((Code::UNKNOWN, "permission denied".into()));
+    assert_eq!(code(w.start("e").await).1, "permission denied");
+    assert_eq!(w.wait("e").await.unwrap(), 126);
+    assert_eq!(w.delete("e").await.unwrap(), 126);
+    assert_eq!(w.status("").await.unwrap(), Status::RUNNING);
+    assert_eq!(code(w.start("e").await).0, Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn the_death_of_the_vm_ends_everything_that_runs() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    w.exec("e").await.unwrap();
+    w.start("e").await.unwrap();
+    let (waited, ()) = tokio::join!(w.wait(""), w.vmm.die("the guest kernel panicked"));
+    assert_eq!(waited.unwrap(), 137);
+    let events = w.events(6).await;
+    assert_eq!(&events[4..], ["exit c e 137", "exit c c 137"]);
+    assert_eq!(w.status("").await.unwrap(), Status::STOPPED);
+    assert_eq!(code(w.kill("", 9).await).0, Code::NOT_FOUND);
+    assert_eq!(w.delete("").await.unwrap(), 137);
+    w.shutdown().await;
+    assert!(w.is_shut_down().await);
+}
+
+#[tokio::test]
+async fn a_vm_that_dies_during_a_start_answers_it() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.guest.deaf.send_replace(true);
+    let (started, ()) = tokio::join!(w.start(""), w.vmm.die("husk-vmm was killed"));
+    let (_, message) = code(started);
+    assert!(message.contains("husk-vmm was killed"), "{message}");
+    w.wait("").await.unwrap();
+    assert_eq!(w.events(2).await[1].split(' ').next(), Some("exit"));
+}
+
+#[tokio::test]
+async fn calls_answer_when_the_guest_does_not() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    w.guest.deaf.send_replace(true);
+    assert_eq!(w.status("").await.unwrap(), Status::RUNNING);
+    assert_eq!(w.pids().await, [""]);
+    w.kill("", 9).await.unwrap();
+    assert_eq!(w.wait("").await.unwrap(), 137);
+    assert!(w.tasks.sandbox().phase().gone().await.contains("SIGKILL"));
+}
+
+#[tokio::test]
+async fn a_created_container_can_be_killed_and_deleted() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    assert_eq!(w.delete("").await.unwrap(), 137);
+    assert_eq!(w.events(3).await, ["create c", "exit c c 137", "delete c"]);
+    let calls = w.guest.calls.lock().unwrap().clone();
+    assert!(calls.contains(&"delete c".to_owned()), "{calls:?}");
+}
+
+#[tokio::test]
+async fn pause_and_resume_follow_the_state() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    let request = || PauseRequest {
+        id: "c".into(),
+        ..Default::default()
+    };
+    let pause = async || w.service.pause(&context(), request()).await;
+    let request = || ResumeRequest {
+        id: "c".into(),
+        ..Default::default()
+    };
+    let resume = async || w.service.resume(&context(), request()).await;
+    assert_eq!(code(pause().await.map(drop)).0, Code::FAILED_PRECONDITION);
+    w.start("").await.unwrap();
+    pause().await.unwrap();
+    assert_eq!(w.status("").await.unwrap(), Status::PAUSED);
+    assert_eq!(code(w.exec("e").await).0, Code::FAILED_PRECONDITION);
+    resume().await.unwrap();
+    assert_eq!(w.status("").await.unwrap(), Status::RUNNING);
+    assert_eq!(w.events(4).await[2..], ["/tasks/paused", "/tasks/resumed"]);
+}
+
+#[tokio::test]
+async fn update_checkpoint_and_connect() {
+    let w = World::new().await;
+    let connect = w
+        .service
+        .connect(&context(), ConnectRequest::new())
+        .await
+        .unwrap();
+    assert_eq!(connect.shim_pid, std::process::id());
+    w.create().await.unwrap();
+    let json = "{\"memory\":{\"limit\":5}}";
+    let resources = Any {
+        value: json.as_bytes().to_vec(),
+        ..Default::default()
+    };
+    let request = UpdateTaskRequest {
+        id: "c".into(),
+        resources: Some(resources).into(),
+        ..Default::default()
+    };
+    w.service.update(&context(), request).await.unwrap();
+    let calls = w.guest.calls.lock().unwrap().clone();
+    assert_eq!(
+        calls.last().map(String::as_str),
+        Some("update c {\"memory\":{\"limit\":5}}")
+    );
+    let checkpoint = w
+        .service
+        .checkpoint(&context(), CheckpointTaskRequest::new())
+        .await;
+    assert_eq!(code(checkpoint.map(drop)).0, Code::UNIMPLEMENTED);
+}
+
+#[tokio::test]
+async fn an_oom_kill_is_told_once() {
+    let guest = Arc::new(Guest::default());
+    let (sender, events) = mpsc::unbounded_channel();
+    let _ = guest.events.set(tokio::sync::Mutex::new(events));
+    let w = World::with(guest, Fault::None).await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    for kills in [1, 1, 2] {
+        let kind = Some(Kind::Oom(OomKill {
+            kills,
+            ..Default::default()
+        }));
+        sender
+            .send(Event {
+                container_id: "c".into(),
+                kind,
+                ..Default::default()
+            })
+            .unwrap();
+    }
+    assert_eq!(w.events(4).await, ["create c", "start c", "oom c", "oom c"]);
+}
+
+#[tokio::test]
+async fn a_vm_that_cannot_start_says_why_and_the_shim_can_end() {
+    let w = World::with(Arc::default(), Fault::Spawn).await;
+    let (_, message) = code(w.create().await);
+    assert!(message.contains("kvm_pvm"), "{message}");
+    assert!(!w.bundle().join("../test/c/share/c").exists());
+    w.shutdown().await;
+    assert!(w.is_shut_down().await);
+}
+
+#[tokio::test]
+async fn an_agent_that_never_dials_is_given_up_with_the_console() {
+    let w = World::with(Arc::default(), Fault::Silent).await;
+    let (_, message) = code(w.create().await);
+    assert!(
+        message.contains("did not report") && message.contains("last line of the console"),
+        "{message}"
+    );
+}
+
+#[tokio::test]
+async fn a_broken_bundle_is_named() {
+    let w = World::new().await;
+    std::fs::write(w.bundle().join("config.json"), "{").unwrap();
+    let (kind, message) = code(w.create().await);
+    assert_eq!(kind, Code::INVALID_ARGUMENT);
+    assert!(message.contains("config.json"), "{message}");
+    assert_eq!(code(w.status("").await).0, Code::NOT_FOUND);
+}

@@ -1,0 +1,514 @@
+//! A world for the shim without a VM: a fake VMM, a fake agent on the other end of the bridge, and a containerd that writes
+//! down the events it is sent. Everything between them is the real thing, ttrpc included.
+
+use std::{
+    collections::HashMap,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, OnceLock},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, Empty, ForwardRequest},
+    protobuf::MessageFull,
+    shim_async::{Events, Task, create_events},
+};
+use husk_protocol::{
+    agent::{self, *},
+    ports,
+    vm::LaunchTimes,
+};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, watch},
+};
+use ttrpc::{
+    MessageHeader,
+    r#async::TtrpcContext,
+    asynchronous::{Server, transport::Listener},
+};
+
+use crate::{
+    config::Config,
+    context::ShimContext,
+    error::TaskError,
+    events::Publisher,
+    service::{TaskService, Tasks},
+    share::Share,
+    state::PodDir,
+    timing::Moment,
+    vm::{Driver, GuestConnection, LaunchPlan, Machine, Spawned, VmEnd, VmError},
+};
+
+/// Bound of every wait of a test: reached only by a bug.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+type Exits = HashMap<(String, String), watch::Sender<Option<u32>>>;
+
+/// What the fake guest does and has been asked.
+#[derive(Default)]
+pub struct Guest {
+    exits: Mutex<Exits>,
+    /// Calls, oldest first: "method container exec".
+    pub calls: Mutex<Vec<String>>,
+    /// Every call but these hangs.
+    pub deaf: watch::Sender<bool>,
+    /// StartContainer and ExecProcess fail with this.
+    pub start_error: Mutex<Option<(ttrpc::Code, String)>>,
+    /// Processes end with this status before their start is answered.
+    pub ends_at_once: Mutex<Option<u32>>,
+    /// NextEvent answers.
+    pub events: OnceLock<tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>>,
+}
+
+impl Guest {
+    fn exit_of(&self, id: &str, exec: &str) -> watch::Sender<Option<u32>> {
+        let mut exits = self.exits.lock().unwrap();
+        exits.entry((id.into(), exec.into())).or_default().clone()
+    }
+
+    /// A process of the guest ends.
+    pub fn end(&self, id: &str, exec: &str, status: u32) {
+        self.exit_of(id, exec).send_replace(Some(status));
+    }
+
+    async fn called(&self, what: String) {
+        self.calls.lock().unwrap().push(what);
+        let mut deaf = self.deaf.subscribe();
+        deaf.wait_for(|deaf| !deaf).await.unwrap();
+    }
+
+    fn started(&self, id: &str, exec: &str) -> ttrpc::Result<()> {
+        if let Some((code, message)) = self.start_error.lock().unwrap().clone() {
+            return Err(TaskError::new(code, message).into());
+        }
+        if let Some(status) = *self.ends_at_once.lock().unwrap() {
+            self.end(id, exec, status);
+        }
+        Ok(())
+    }
+}
+
+struct FakeAgent(Arc<Guest>);
+
+#[async_trait]
+impl Agent for FakeAgent {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
+        assert!(
+            request.entropy.len() >= 32 && request.wall_clock_ns > 0 && request.shares.len() == 1
+        );
+        self.0.called("create_sandbox".into()).await;
+        Ok(CreateSandboxResponse::new())
+    }
+    async fn destroy_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: agent::Empty,
+    ) -> ttrpc::Result<agent::Empty> {
+        self.0.called("destroy_sandbox".into()).await;
+        Ok(agent::Empty::new())
+    }
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        self.0
+            .called(format!("create {}", request.container_id))
+            .await;
+        Ok(CreateContainerResponse::new())
+    }
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        self.0
+            .called(format!("start {}", request.container_id))
+            .await;
+        self.0.started(&request.container_id, "")?;
+        Ok(agent::Empty::new())
+    }
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        self.0
+            .called(format!("delete {}", request.container_id))
+            .await;
+        Ok(agent::Empty::new())
+    }
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        self.0
+            .called(format!("pause {}", request.container_id))
+            .await;
+        Ok(agent::Empty::new())
+    }
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        self.0
+            .called(format!("resume {}", request.container_id))
+            .await;
+        Ok(agent::Empty::new())
+    }
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let json = String::from_utf8(request.resources_json).unwrap();
+        self.0
+            .called(format!("update {} {json}", request.container_id))
+            .await;
+        Ok(agent::Empty::new())
+    }
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        _: ContainerRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        self.0.called("stats".into()).await;
+        Ok(ContainerStatsResponse::new())
+    }
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ExecProcessRequest,
+    ) -> ttrpc::Result<agent::ExecProcessResponse> {
+        self.0
+            .called(format!("exec {} {}", request.container_id, request.exec_id))
+            .await;
+        self.0.started(&request.container_id, &request.exec_id)?;
+        Ok(agent::ExecProcessResponse::new())
+    }
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRequest,
+    ) -> ttrpc::Result<WaitProcessResponse> {
+        let mut exit = self
+            .0
+            .exit_of(&request.container_id, &request.exec_id)
+            .subscribe();
+        let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        Ok(WaitProcessResponse {
+            exit_status: status,
+            exited_at_ns: 1_000_000_000,
+            ..Default::default()
+        })
+    }
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalProcessRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let (id, exec, signal) = (request.container_id, request.exec_id, request.signal);
+        self.0
+            .called(format!("signal {id} {exec} {signal} {}", request.all))
+            .await;
+        if signal == 9 {
+            let all: Vec<_> = self.0.exits.lock().unwrap().keys().cloned().collect();
+            for (container, process) in all {
+                if container == id && (request.all || process == exec) {
+                    self.0.end(&container, &process, 137);
+                }
+            }
+        }
+        Ok(agent::Empty::new())
+    }
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        self.0
+            .called(format!("resize {}x{}", request.width, request.height))
+            .await;
+        Ok(agent::Empty::new())
+    }
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        _: ContainerRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        Ok(ListProcessesResponse::new())
+    }
+    async fn next_event(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<Event> {
+        match self.0.events.get() {
+            Some(events) => match events.lock().await.recv().await {
+                Some(event) => Ok(event),
+                None => std::future::pending().await,
+            },
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// How the fake VMM fails, if it does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    None,
+    /// It cannot be spawned.
+    Spawn,
+    /// The guest never dials.
+    Silent,
+}
+
+/// The fake VMM.
+pub struct FakeVmm {
+    guest: Arc<Guest>,
+    fault: Fault,
+    connections: Mutex<Option<mpsc::Sender<GuestConnection>>>,
+    ended: watch::Sender<Option<Arc<VmEnd>>>,
+    pub plan: OnceLock<LaunchPlan>,
+    /// The guest's end of the agent connection.
+    server: tokio::sync::Mutex<Option<Server>>,
+}
+
+pub struct FakeDriver(pub Arc<FakeVmm>);
+
+impl Driver for FakeDriver {
+    fn spawn(&self, _: OwnedFd) -> Result<Spawned, VmError> {
+        if self.0.fault == Fault::Spawn {
+            return Err(VmError::KvmPvm);
+        }
+        let (sender, connections) = mpsc::channel(8);
+        *self.0.connections.lock().unwrap() = Some(sender);
+        let machine: Arc<dyn Machine> = self.0.clone();
+        Ok(Spawned {
+            machine,
+            connections,
+        })
+    }
+}
+
+impl FakeVmm {
+    /// The VM ends, by itself.
+    pub async fn die(&self, reason: &str) {
+        self.connections.lock().unwrap().take();
+        if let Some(mut server) = self.server.lock().await.take() {
+            server.disconnect().await;
+        }
+        let end = VmEnd {
+            reason: reason.into(),
+            console: vec!["Kernel panic - not syncing".into()],
+        };
+        self.ended.send_replace(Some(Arc::new(end)));
+    }
+}
+
+#[async_trait]
+impl Machine for FakeVmm {
+    fn pid(&self) -> u32 {
+        4242
+    }
+
+    async fn launch(&self, plan: LaunchPlan) -> Result<LaunchTimes, VmError> {
+        self.plan.set(plan).unwrap();
+        let now = Moment::now().0;
+        if self.fault != Fault::Silent {
+            let (guest, host) = UnixStream::pair().unwrap();
+            let incoming = futures::stream::iter([Ok(guest)]);
+            let mut server = Server::new()
+                .add_listener(Listener::new(incoming))
+                .register_service(create_agent(Arc::new(FakeAgent(self.guest.clone()))));
+            server.start().await.unwrap();
+            *self.server.lock().await = Some(server);
+            let sender = self.connections.lock().unwrap().clone().unwrap();
+            let connection = GuestConnection {
+                port: ports::AGENT,
+                stream: host,
+            };
+            sender.send(connection).await.unwrap();
+        }
+        Ok(LaunchTimes {
+            process_started: now,
+            vm_built: now,
+            vcpus_running: now,
+        })
+    }
+
+    fn kill(&self) {
+        self.connections.lock().unwrap().take();
+        let end = VmEnd {
+            reason: "killed".into(),
+            console: vec![],
+        };
+        self.ended.send_replace(Some(Arc::new(end)));
+    }
+
+    fn ended(&self) -> watch::Receiver<Option<Arc<VmEnd>>> {
+        self.ended.subscribe()
+    }
+
+    fn console_tail(&self) -> Vec<String> {
+        vec!["last line of the console".into()]
+    }
+}
+
+#[derive(Clone)]
+struct Recorder(watch::Sender<Vec<String>>);
+
+#[async_trait]
+impl Events for Recorder {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        use containerd_shim_protos::events::task::*;
+        let envelope = request.envelope;
+        let value = &envelope.event.value;
+        fn parse<M: MessageFull>(value: &[u8]) -> M {
+            M::parse_from_bytes(value).unwrap()
+        }
+        let line = match envelope.topic.as_str() {
+            "/tasks/create" => format!("create {}", parse::<TaskCreate>(value).container_id),
+            "/tasks/start" => {
+                let event: TaskStart = parse(value);
+                assert!(event.pid > 0);
+                format!("start {}", event.container_id)
+            }
+            "/tasks/exit" => {
+                let event: TaskExit = parse(value);
+                assert!(event.pid > 0);
+                format!(
+                    "exit {} {} {}",
+                    event.container_id, event.id, event.exit_status
+                )
+            }
+            "/tasks/delete" => format!("delete {}", parse::<TaskDelete>(value).container_id),
+            "/tasks/oom" => format!("oom {}", parse::<TaskOOM>(value).container_id),
+            "/tasks/exec-added" => format!("exec-added {}", parse::<TaskExecAdded>(value).exec_id),
+            "/tasks/exec-started" => {
+                format!("exec-started {}", parse::<TaskExecStarted>(value).exec_id)
+            }
+            topic => topic.to_owned(),
+        };
+        self.0.send_modify(|log| log.push(line));
+        Ok(Empty::new())
+    }
+}
+
+/// All of it.
+pub struct World {
+    pub service: TaskService,
+    pub tasks: Arc<Tasks>,
+    pub vmm: Arc<FakeVmm>,
+    pub guest: Arc<Guest>,
+    log: watch::Sender<Vec<String>>,
+    dir: tempfile::TempDir,
+    _containerd: Server,
+}
+
+impl World {
+    pub async fn new() -> Self {
+        Self::with(Arc::default(), Fault::None).await
+    }
+
+    pub async fn with(guest: Arc<Guest>, fault: Fault) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let log = watch::Sender::new(Vec::new());
+        let socket = dir.path().join("containerd.ttrpc");
+        let mut containerd = Server::new()
+            .add_listener(Listener::from(UnixListener::bind(&socket).unwrap()))
+            .register_service(create_events(Arc::new(Recorder(log.clone()))));
+        containerd.start().await.unwrap();
+        let pod = PodDir::new(dir.path(), "test", "c").unwrap();
+        pod.create().unwrap();
+        let vmm = Arc::new(FakeVmm {
+            guest: guest.clone(),
+            fault,
+            connections: Mutex::default(),
+            ended: watch::Sender::new(None),
+            plan: OnceLock::new(),
+            server: tokio::sync::Mutex::default(),
+        });
+        let bundle = dir.path().join("bundle");
+        let address = socket.display().to_string();
+        let context = ShimContext {
+            namespace: "test".into(),
+            id: "c".into(),
+            sandbox_id: "c".into(),
+            bundle: bundle.clone(),
+            address: String::new(),
+            publisher: Publisher::new(Some(&address), "test"),
+            ttrpc_address: Some(address),
+            config: Config {
+                start_timeout: Duration::from_millis(300),
+                ..Config::default()
+            },
+            debug: false,
+            pod,
+        };
+        write_bundle(&bundle, dir.path());
+        let share = Share::without_mounts(context.pod.share());
+        let tasks = Tasks::start(context, share, Arc::new(FakeDriver(vmm.clone())));
+        Self {
+            service: TaskService::new(tasks.clone()),
+            tasks,
+            vmm,
+            guest,
+            log,
+            dir,
+            _containerd: containerd,
+        }
+    }
+
+    pub fn bundle(&self) -> PathBuf {
+        self.dir.path().join("bundle")
+    }
+
+    /// Create of the one container.
+    pub async fn create(&self) -> ttrpc::Result<u32> {
+        let request = CreateTaskRequest {
+            id: "c".into(),
+            bundle: self.bundle().display().to_string(),
+            ..Default::default()
+        };
+        self.service
+            .create(&context(), request)
+            .await
+            .map(|answer| answer.pid)
+    }
+
+    /// Events so far, once there are this many.
+    pub async fn events(&self, count: usize) -> Vec<String> {
+        let mut log = self.log.subscribe();
+        let seen = tokio::time::timeout(LIMIT, log.wait_for(|log| log.len() >= count)).await;
+        match seen {
+            Ok(log) => log.unwrap().clone(),
+            Err(_) => panic!("only these events came: {:?}", self.log.borrow()),
+        }
+    }
+}
+
+fn write_bundle(bundle: &Path, dir: &Path) {
+    let rootfs = dir.join("rootfs");
+    std::fs::create_dir_all(&rootfs).unwrap();
+    std::fs::create_dir_all(bundle).unwrap();
+    let spec = serde_json::json!({
+        "ociVersion": "1.0.2", "root": {"path": rootfs}, "process": {"cwd": "/", "args": ["true"], "user": {"uid": 0, "gid": 0}},
+    });
+    std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+}
+
+/// What a ttrpc handler gets.
+pub fn context() -> TtrpcContext {
+    TtrpcContext {
+        mh: MessageHeader::default(),
+        metadata: HashMap::new(),
+        timeout_nano: 0,
+        connection_data: Default::default(),
+    }
+}
