@@ -78,7 +78,7 @@ build() {
     configure "$tree"
     say "building with $(nproc) jobs (a few minutes, once; log: $cache/build.log)"
     # The same inputs give the same bytes: no build date, user or host name in the image.
-    KBUILD_BUILD_TIMESTAMP="@$(stat -c %Y "/usr/src/$source_package.tar.xz")" KBUILD_BUILD_USER=husk KBUILD_BUILD_HOST=husk \
+    KBUILD_BUILD_TIMESTAMP="$(LC_ALL=C date -u -r "/usr/src/$source_package.tar.xz")" KBUILD_BUILD_USER=husk KBUILD_BUILD_HOST=husk \
         make -s -C "$tree" ARCH=x86_64 -j"$(nproc)" vmlinux >"$cache/build.log" 2>&1 || {
         grep -n -m 20 -E 'error|Error|undefined' "$cache/build.log" >&2 || tail -n 20 "$cache/build.log" >&2
         die "the build failed: $cache/build.log"

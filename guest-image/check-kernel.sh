@@ -41,7 +41,7 @@ boot() {
     shift
     # The disk, net and other devices are there to see their drivers take them; each needs its own transport.
     timeout --foreground 120 qemu-system-x86_64 \
-        -M microvm,acpi=on,rtc=off,pit=off,pic=off,isa-serial=on -accel tcg -cpu max -smp 2 -m 256 \
+        -M microvm,acpi=on,rtc=off,pit=off,pic=off,isa-serial=on -accel tcg -cpu max -smp 2 -m 768 \
         -nodefaults -no-user-config -display none -no-reboot -serial "file:$log" \
         -kernel "$vmlinux" -initrd "$work/check.cpio" -append "console=ttyS0 panic=-1 tsc=reliable tsc_early_khz=$tsc_khz $*" \
         -device virtio-rng-device -device virtio-balloon-device,free-page-reporting=on \
