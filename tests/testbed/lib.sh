@@ -77,6 +77,15 @@ SOURCES
     (($(qemu_major) >= 10)) || die "this host's QEMU is older than 10 and apt has no newer one; install QEMU >= 10"
 }
 
+# forget_dead: the state of runs that were killed before they could clean up.
+forget_dead() {
+    local state
+    for state in "${TMPDIR:-/tmp}"/husk-testbed.??????; do
+        [[ -O $state && -n $(find "$state" -maxdepth 0 -mmin +60) ]] || continue
+        machine_alive "$state" || rm -rf "$state"
+    done
+}
+
 # new_state DIR: lay out an outer machine's state directory.
 new_state() {
     mkdir -p "$1/ctl/jobs" "$1/out"
