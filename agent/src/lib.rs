@@ -1,1 +1,29 @@
-//! Filled in next.
+//! The guest's PID 1: sets containers up and runs them.
+//!
+//! One thread does everything but what can block. `boot` makes the guest a place to run containers in, `dial`
+//! connects to the host, `service` answers its calls: `sandbox` for those about the guest, `containers` for those about
+//! containers, each a `container` (its set-up) with its `process`es and their `stream`s. `reaper` learns how processes
+//! end, `events` what happens unasked.
+
+pub mod boot;
+pub mod cgroup;
+pub mod clock;
+pub mod connection;
+pub mod container;
+pub mod containers;
+pub mod dial;
+pub mod error;
+pub mod events;
+pub mod launch;
+pub mod log;
+pub mod loopback;
+pub mod polled;
+pub mod power;
+pub mod process;
+pub mod reaper;
+pub mod runtime;
+pub mod sandbox;
+pub mod service;
+pub mod stats;
+pub mod stream;
+pub mod terminal;

@@ -1,0 +1,228 @@
+//! Makes the guest a place to run containers in: the first thing PID 1 does.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::set_cad_enabled;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{chdir, chroot};
+
+use crate::loopback;
+
+/// Where cgroup v2 is mounted.
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// Open files of the agent at most: a few for each stream of each process.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// A step that failed, without which no container runs.
+#[derive(Debug, thiserror::Error)]
+#[error("{doing}: {source}")]
+pub struct BootError {
+    doing: String,
+    source: io::Error,
+}
+
+trait Doing<T> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T, BootError>;
+}
+
+impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T, BootError> {
+        self.map_err(|e| BootError {
+            doing: what(),
+            source: e.into(),
+        })
+    }
+}
+
+/// A file system that every guest has.
+struct Mount {
+    kind: &'static str,
+    at: &'static str,
+    flags: MsFlags,
+    data: &'static str,
+}
+
+const NOTHING_SPECIAL: MsFlags = MsFlags::MS_NOSUID
+    .union(MsFlags::MS_NODEV)
+    .union(MsFlags::MS_NOEXEC);
+
+/// In this order: each may be a mount point of the next.
+const MOUNTS: [Mount; 9] = [
+    Mount {
+        kind: "proc",
+        at: "/proc",
+        flags: NOTHING_SPECIAL,
+        data: "",
+    },
+    Mount {
+        kind: "sysfs",
+        at: "/sys",
+        flags: NOTHING_SPECIAL,
+        data: "",
+    },
+    Mount {
+        kind: "devtmpfs",
+        at: "/dev",
+        flags: MsFlags::MS_NOSUID,
+        data: "mode=0755",
+    },
+    Mount {
+        kind: "devpts",
+        at: "/dev/pts",
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
+        data: "mode=0620,ptmxmode=0666,gid=5",
+    },
+    Mount {
+        kind: "tmpfs",
+        at: "/dev/shm",
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
+        data: "mode=1777",
+    },
+    Mount {
+        kind: "mqueue",
+        at: "/dev/mqueue",
+        flags: NOTHING_SPECIAL,
+        data: "",
+    },
+    Mount {
+        kind: "tmpfs",
+        at: "/run",
+        // Container file systems are put together below it: they need their programs and devices.
+        flags: MsFlags::empty(),
+        data: "mode=0755",
+    },
+    Mount {
+        kind: "tmpfs",
+        at: "/tmp",
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
+        data: "mode=1777",
+    },
+    Mount {
+        kind: "cgroup2",
+        at: CGROUP_ROOT,
+        flags: NOTHING_SPECIAL,
+        // A memory.min or memory.low covers what is below it without being repeated there.
+        data: "nsdelegate,memory_recursiveprot",
+    },
+];
+
+/// What distributions set for every machine and programs therefore expect.
+const SYSCTLS: [(&str, &str); 11] = [
+    // As systemd sets it: the largest, bounded by threads-max anyway.
+    ("kernel/pid_max", "4194304"),
+    ("fs/nr_open", "1073741816"),
+    ("fs/file-max", "9223372036854775807"),
+    ("fs/inotify/max_user_instances", "8192"),
+    ("fs/protected_hardlinks", "1"),
+    ("fs/protected_symlinks", "1"),
+    ("fs/protected_regular", "2"),
+    ("fs/protected_fifos", "1"),
+    // Debian's; databases and JVMs map much.
+    ("vm/max_map_count", "1048576"),
+    // Containers read neither the kernel's log nor its addresses.
+    ("kernel/dmesg_restrict", "1"),
+    ("kernel/kptr_restrict", "1"),
+];
+
+/// Prepares the guest, in the order in which the steps need each other.
+///
+/// # Errors
+/// The first step that failed without which no container runs; the others are logged.
+pub fn prepare() -> Result<(), BootError> {
+    umask(Mode::from_bits_truncate(0o022));
+    leave_rootfs().doing(|| "mounting the root file system over itself".into())?;
+    for one in &MOUNTS {
+        one.mount()
+            .doing(|| format!("mounting {} at {}", one.kind, one.at))?;
+    }
+    enable_controllers().doing(|| "enabling the cgroup controllers".into())?;
+    crate::log::init();
+
+    optional(
+        "keeping the out-of-memory killer off PID 1",
+        fs::write("/proc/self/oom_score_adj", "-1000"),
+    );
+    optional("ignoring ctrl-alt-del", set_cad_enabled(false));
+    for (name, value) in SYSCTLS {
+        optional(name, fs::write(Path::new("/proc/sys").join(name), value));
+    }
+    // After fs.nr_open, which bounds it.
+    optional(
+        "raising the limit of open files",
+        setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES),
+    );
+    optional("linking /dev/fd", dev_links());
+    optional("bringing the loopback interface up", loopback::up());
+    Ok(())
+}
+
+fn optional<T, E: std::fmt::Display>(what: &str, done: Result<T, E>) {
+    if let Err(e) = done {
+        tracing::warn!(error = %e, "the guest goes on without {what}");
+    }
+}
+
+impl Mount {
+    fn mount(&self) -> io::Result<()> {
+        fs::create_dir_all(self.at)?;
+        mount(
+            Some(self.kind),
+            self.at,
+            Some(self.kind),
+            self.flags,
+            Some(self.data),
+        )?;
+        Ok(())
+    }
+}
+
+/// Puts the initramfs as an ordinary mount over the root it was unpacked into. `pivot_root`, which is how a container
+/// gets its own root, refuses to leave the kernel's first mount: that one has no parent.
+fn leave_rootfs() -> io::Result<()> {
+    let bind = "/run";
+    fs::create_dir_all(bind)?;
+    mount(
+        Some("/"),
+        bind,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )?;
+    chdir(bind)?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
+    chroot(".")?;
+    chdir("/")?;
+    fs::set_permissions("/", fs::Permissions::from_mode(0o755))
+}
+
+/// Hands every controller down to the containers' cgroups. PID 1 stays in the root cgroup, which no limit of theirs covers.
+fn enable_controllers() -> io::Result<()> {
+    let root = Path::new(CGROUP_ROOT);
+    let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
+    for controller in controllers.split_ascii_whitespace() {
+        fs::write(
+            root.join("cgroup.subtree_control"),
+            format!("+{controller}"),
+        )?;
+    }
+    Ok(())
+}
+
+/// The links that a guest-side hook may use.
+fn dev_links() -> io::Result<()> {
+    for (link, target) in [
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ] {
+        symlink(target, link)?;
+    }
+    Ok(())
+}

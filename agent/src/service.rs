@@ -1,0 +1,319 @@
+//! Answers the host: the ttrpc service over the one connection that the agent dialled.
+//!
+//! A caller may stop waiting at any time, and its call is then dropped at its next await. What would leave something half
+//! done runs as a task of its own and is only awaited here.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_trait::async_trait;
+use husk_protocol::agent::{
+    Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
+    CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
+    ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, OomKill, ProcessInfo,
+    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, UpdateContainerRequest,
+    WaitProcessResponse, create_agent, event,
+};
+use tokio::sync::Notify;
+use ttrpc::r#async::transport::Listener;
+use ttrpc::r#async::{Server, TtrpcContext};
+
+use crate::connection::Connection;
+use crate::containers::Containers;
+use crate::dial::Host;
+use crate::error::AgentError;
+use crate::events::{Events, OomWatch};
+use crate::polled::Polled;
+use crate::reaper::Reaper;
+use crate::runtime::Runtime;
+use crate::sandbox::{self, Milestones};
+
+/// Turns given to the runtime for the reply of the last call to leave.
+const LAST_TURNS: usize = 32;
+
+/// The agent API.
+pub struct Service<R: Runtime> {
+    containers: Arc<Containers<R>>,
+    events: Arc<Events>,
+    milestones: Milestones,
+    set_up: AtomicBool,
+    over: Arc<Notify>,
+}
+
+impl<R: Runtime> Service<R> {
+    /// A service without containers. Needs a runtime, not PID 1.
+    ///
+    /// # Errors
+    /// Where the kernel does not give an inotify instance.
+    pub fn new(
+        runtime: R,
+        host: Arc<dyn Host>,
+        reaper: Arc<Reaper>,
+        milestones: Milestones,
+    ) -> io::Result<Self> {
+        let events = Arc::new(Events::default());
+        let oom = Arc::new(OomWatch::new(Arc::clone(&events))?);
+        tokio::spawn({
+            let oom = Arc::clone(&oom);
+            async move {
+                if let Err(e) = oom.run().await {
+                    tracing::error!(error = %e, "no more news of out-of-memory kills");
+                }
+            }
+        });
+        Ok(Self {
+            containers: Arc::new(Containers::new(runtime, host, reaper, oom)),
+            events,
+            milestones,
+            set_up: AtomicBool::new(false),
+            over: Arc::new(Notify::new()),
+        })
+    }
+
+    /// Serves until the host ends the sandbox or goes away.
+    ///
+    /// # Errors
+    /// Where the server does not start.
+    pub async fn serve(self, connection: Polled) -> ttrpc::Result<()> {
+        let over = Arc::clone(&self.over);
+        let (connection, gone) = Connection::new(connection);
+        let connections = futures::stream::once(async { io::Result::Ok(connection) });
+        let service: Arc<dyn Agent + Send + Sync> = Arc::new(self);
+        let mut server = Server::new()
+            .add_listener(Listener::new(connections))
+            .register_service(create_agent(service));
+        server.start().await?;
+        tokio::select! {
+            () = over.notified() => {
+                for _ in 0..LAST_TURNS {
+                    tokio::task::yield_now().await;
+                }
+            }
+            // The sender is dropped with the connection.
+            _ = gone => tracing::warn!("the host has closed the connection: powering off"),
+        }
+        Ok(())
+    }
+}
+
+/// Lets work run to its end, whether or not the caller stays.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, AgentError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(work).await {
+        Ok(done) => Ok(done?),
+        Err(e) => Err(AgentError::guest("a task of the agent", io::Error::other(e)).into()),
+    }
+}
+
+#[async_trait]
+impl<R: Runtime> Agent for Service<R> {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
+        if self.set_up.swap(true, Ordering::Relaxed) {
+            return Err(AgentError::SandboxExists.into());
+        }
+        let milestones = self.milestones;
+        to_its_end(async move {
+            tokio::task::spawn_blocking(move || sandbox::set_up(&request, milestones))
+                .await
+                .map_err(|e| AgentError::guest("setting the sandbox up", io::Error::other(e)))?
+        })
+        .await
+    }
+
+    async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        tracing::info!("the sandbox ends");
+        self.containers.kill_everything();
+        self.over.notify_one();
+        Ok(Empty::new())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let containers = Arc::clone(&self.containers);
+        let pid = to_its_end(async move {
+            containers
+                .create(&request.container_id, &request.spec_json, &request.stdio)
+                .await
+        })
+        .await?;
+        Ok(CreateContainerResponse {
+            pid: pid.unsigned_abs(),
+            ..Default::default()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move { containers.start(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move {
+            containers
+                .update(&request.container_id, &request.resources_json)
+                .await
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move { containers.pause(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move { containers.resume(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        Ok(self.containers.stats(&request.container_id)?)
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        let containers = Arc::clone(&self.containers);
+        to_its_end(async move { containers.delete(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<ExecProcessResponse> {
+        let containers = Arc::clone(&self.containers);
+        let pid = to_its_end(async move {
+            containers
+                .exec(
+                    &request.container_id,
+                    &request.exec_id,
+                    &request.process_json,
+                    &request.stdio,
+                )
+                .await
+        })
+        .await?;
+        Ok(ExecProcessResponse {
+            pid: pid.unsigned_abs(),
+            ..Default::default()
+        })
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRequest,
+    ) -> ttrpc::Result<WaitProcessResponse> {
+        let ended = self
+            .containers
+            .wait(&request.container_id, &request.exec_id)
+            .await?;
+        Ok(WaitProcessResponse {
+            exit_status: ended.exit.status,
+            exited_at_ns: ended.exit.at_ns,
+            stdout_bytes: ended.stdout_bytes,
+            stderr_bytes: ended.stderr_bytes,
+            oom_killed: ended.oom_killed,
+            ..Default::default()
+        })
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalProcessRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.containers.signal(
+            &request.container_id,
+            &request.exec_id,
+            request.signal,
+            request.all,
+        )?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.containers.resize(
+            &request.container_id,
+            &request.exec_id,
+            request.width,
+            request.height,
+        )?;
+        Ok(Empty::new())
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        let processes = self
+            .containers
+            .list(&request.container_id)?
+            .into_iter()
+            .map(|(pid, exec_id)| ProcessInfo {
+                pid: pid.unsigned_abs(),
+                exec_id,
+                ..Default::default()
+            })
+            .collect();
+        Ok(ListProcessesResponse {
+            processes,
+            ..Default::default()
+        })
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
+        let oom = self.events.next().await?;
+        Ok(Event {
+            container_id: oom.container,
+            kind: Some(event::Kind::Oom(OomKill {
+                kills: oom.kills,
+                ..Default::default()
+            })),
+            ..Default::default()
+        })
+    }
+}
