@@ -18,6 +18,7 @@
 
 mod memory;
 mod pool;
+mod request;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -136,7 +137,7 @@ impl VirtioDevice for Fs {
         let interrupt = Arc::clone(&activation.interrupt);
         let shared = Shared::new(server, activation)?;
         let threads = threads(&Arc::new(shared))
-            .map_err(host("mapping a file server thread's descriptor table"))?;
+            .map_err(host("mapping a file server thread's private pages"))?;
         self.worker = Some(Worker::spawn("fs", &interrupt, threads)?);
         Ok(())
     }

@@ -377,6 +377,18 @@ impl<'m> Buffers<'m> {
         &self.segments
     }
 
+    /// Address and length of each run of memory from `offset` on.
+    pub fn runs(&self, offset: usize) -> impl Iterator<Item = (GuestAddress, usize)> {
+        let mut skip = offset;
+        self.segments.iter().filter_map(move |segment| {
+            let here = segment.slice.len();
+            let start = skip.min(here);
+            skip -= start;
+            let at = segment.addr.checked_add(start as u64)?;
+            (start < here).then_some((at, here - start))
+        })
+    }
+
     /// The slices that make up `len` bytes from `offset`, or fewer where the part ends sooner.
     pub fn slices(&self, offset: usize, len: usize) -> impl Iterator<Item = VolatileSlice<'m>> {
         let (mut skip, mut left) = (offset, len);

@@ -1,1 +1,140 @@
+use std::fs::File;
+use std::os::fd::OwnedFd;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{Bytes, FileOffset, GuestRegionMmap, MmapRegion};
+
+use super::*;
+use crate::virtio::testing::Guest;
+
+const FULL: [u8; 4096] = [0xab; 4096];
+
+fn pfns(pages: &[u32]) -> Vec<u8> {
+    pages.iter().flat_map(|p| p.to_le_bytes()).collect()
+}
+
+fn started() -> (Guest, BalloonHandle) {
+    started_with(crate::virtio::testing::memory())
+}
+
+fn started_with(memory: GuestMemoryMmap) -> (Guest, BalloonHandle) {
+    let (balloon, handle) = Balloon::new(&GuestMemory::new(memory.clone()));
+    let guest = Guest::with_memory(Box::new(balloon), 64, memory);
+    (guest, handle)
+}
+
+fn fill(guest: &Guest, page: u32) {
+    let addr = GuestAddress(u64::from(page) << PAGE_SHIFT);
+    guest.memory.write_slice(&FULL, addr).unwrap();
+}
+
+fn page(guest: &Guest, page: u32) -> [u8; 4096] {
+    let mut data = [0; 4096];
+    let addr = GuestAddress(u64::from(page) << PAGE_SHIFT);
+    guest.memory.read_slice(&mut data, addr).unwrap();
+    data
+}
+
+fn inflate_pages(guest: &mut Guest, pages: &[u32]) {
+    guest.add(INFLATE.into(), &[&pfns(pages)], &[]).unwrap();
+    guest.kick(INFLATE.into());
+    guest.next(INFLATE.into());
+}
+
+#[test]
+fn inflating_drops_exactly_the_named_pages() {
+    let (mut guest, _) = started();
+    // 4096 is the first page of the second region, 8191 the last before the gap.
+    let named = [5000, 5001, 5003, 5010, 5009, 5008, 4096, 4095, 8191];
+    let kept = [4999, 5002, 5004, 5007, 5011, 8190];
+    for page in named.iter().chain(&kept) {
+        fill(&guest, *page);
+    }
+    inflate_pages(&mut guest, &named);
+    for number in named {
+        assert_eq!(page(&guest, number), [0; 4096], "{number}");
+    }
+    for number in kept {
+        assert_eq!(page(&guest, number), FULL, "{number}");
+    }
+}
+
+#[test]
+fn page_numbers_outside_memory_are_ignored_and_their_neighbours_are_not() {
+    let (mut guest, _) = started();
+    fill(&guest, 8191);
+    fill(&guest, 16384);
+    // 8192 to 16383 is the gap; the run 8191, 8192 crosses into it.
+    inflate_pages(
+        &mut guest,
+        &[8191, 8192, 8193, u32::MAX, 0x0fff_ffff, 16384],
+    );
+    assert_eq!(page(&guest, 8191), [0; 4096]);
+    assert_eq!(page(&guest, 16384), [0; 4096]);
+    assert_eq!(guest.status(), 15);
+    // Deflating names pages too; nothing needs doing.
+    guest
+        .add(DEFLATE.into(), &[&pfns(&[8191, u32::MAX])], &[])
+        .unwrap();
+    guest.kick(DEFLATE.into());
+    guest.next(DEFLATE.into());
+}
+
+#[test]
+fn free_pages_that_are_reported_are_dropped() {
+    let (mut guest, _) = started();
+    let at = 6 << 20;
+    for number in 0..4 {
+        fill(&guest, (at >> PAGE_SHIFT) + number);
+    }
+    let queue = &mut guest.queues[usize::from(REPORTING)];
+    let descriptor = virtio_queue::desc::split::Descriptor::new(at.into(), 3 * 4096, 2, 0);
+    queue.descriptor(&guest.memory, 63, descriptor);
+    queue.publish(&guest.memory, 63);
+    guest.kick(REPORTING.into());
+    guest.wait_interrupt();
+    for number in 0..3 {
+        assert_eq!(page(&guest, (at >> PAGE_SHIFT) + number), [0; 4096]);
+    }
+    assert_eq!(page(&guest, (at >> PAGE_SHIFT) + 3), FULL);
+}
+
+#[test]
+fn a_shared_file_loses_the_pages_themselves() {
+    let len = 32 << 20;
+    let file: OwnedFd = memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap();
+    let file = File::from(file);
+    file.set_len(len).unwrap();
+    let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+    let region = MmapRegion::from_file(offset, len as usize).unwrap();
+    let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
+    let (mut guest, _) = started_with(GuestMemoryMmap::from_regions(vec![region]).unwrap());
+    for page in 4096..4196 {
+        fill(&guest, page);
+    }
+    let blocks = || std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+    // The driver's own buffers have their pages from the first request on.
+    inflate_pages(&mut guest, &[4096]);
+    let before = blocks();
+    inflate_pages(&mut guest, &(4096..4196).collect::<Vec<u32>>());
+    // In blocks of 512 bytes; the first page has gone already.
+    assert_eq!(before - blocks(), 99 * 8);
+    assert_eq!(page(&guest, 4100), [0; 4096]);
+}
+
+#[test]
+fn the_target_is_bounded_and_the_driver_reports_what_it_holds() {
+    let (mut guest, handle) = started();
+    handle.set_target_pages(1000);
+    guest.wait_interrupt();
+    assert_eq!(guest.read32(0x100), 1000);
+    handle.set_target_pages(u32::MAX);
+    assert_eq!(guest.read32(0x100), 36 * 256);
+    guest.write32(0x104, 77);
+    assert_eq!(handle.held_pages(), 77);
+    // The target is the host's.
+    guest.write32(0x100, 5);
+    assert_eq!(guest.read32(0x100), 36 * 256);
+    guest.write32(0x70, 0);
+    assert_eq!(handle.held_pages(), 0);
+}

@@ -1,9 +1,10 @@
-//! Guest memory and descriptor chains in the types that virtiofsd's `Reader` and `Writer` take.
+//! A request in the types that virtiofsd's `Reader` and `Writer` take.
 //!
-//! They want guest memory with the dirty bitmap of vhost-user (ours has none) and read descriptors themselves. So the
-//! guest's mapping is shown to them a second time under the other type, and the descriptors of a checked
-//! [`Chain`] are written to a private table from which they read what has been checked, not what the guest
-//! has made of it since.
+//! They want guest memory with the dirty bitmap of vhost-user (ours has none) and read descriptors themselves, and the
+//! server reads a request's bytes after anyone else has checked them. So each thread has a view of its own: the guest's mapping
+//! under the other type, and behind it private pages. A request's descriptors are written to a private table
+//! and the bytes that were checked to a private buffer, which take the place of the guest's: what has been checked is
+//! what is served, whatever the guest makes of its memory meanwhile.
 #![allow(unsafe_code, reason = "a second view of the guest's mapping")]
 
 use std::io;
@@ -23,99 +24,100 @@ use crate::virtio::queue::{Chain, MAX_DESCRIPTORS};
 /// Guest memory as virtiofsd's types want it.
 pub type FsMemory = GuestMemoryMmap<BitmapMmapRegion>;
 
-/// The guest's memory under the other type.
-pub struct Alias {
+/// Largest request that is copied whole: names, a link's target (4 KiB) and extensions. Longer ones carry file data.
+pub const BUFFER_LEN: usize = 16 * 1024;
+
+/// Where the private buffer is in the view: far behind any guest's memory.
+const BUFFER: GuestAddress = GuestAddress(1 << 62);
+
+/// One more descriptor than a chain may have, for the private buffer; a power of two.
+const TABLE_LEN: u16 = 2 * MAX_DESCRIPTORS as u16;
+/// The private queue: the table at 0, then an available ring of one entry.
+const AVAIL: GuestAddress = GuestAddress(TABLE_LEN as u64 * 16);
+const QUEUE_LEN: usize = AVAIL.0 as usize + 4096;
+
+/// A thread's view of the guest, and where it prepares the request that it is working on.
+pub struct Scratch {
     view: FsMemory,
+    table: GuestMemoryMmap,
+    queue: Queue,
     /// Keeps the mapping that `view` points to.
     _owner: GuestMemoryMmap,
 }
 
-impl Alias {
-    /// A second view of `memory`.
+impl Scratch {
+    /// A view of `memory`.
     ///
     /// # Errors
-    /// When vm-memory refuses a region; ours have been accepted once.
+    /// When private pages cannot be mapped.
     pub fn new(memory: &GuestMemoryMmap) -> io::Result<Self> {
         let owner = memory.clone();
-        let mut regions = Vec::with_capacity(owner.num_regions());
+        let wraps = || io::Error::other("a memory region wraps around");
+        let mut regions = Vec::with_capacity(owner.num_regions() + 1);
         for region in owner.iter() {
+            let (prot, flags) = (region.prot(), region.flags());
             // SAFETY: the mapping is valid for exactly this size and lives as long as `owner`, which is stored beside
             // the view and so outlives it; a region built from a raw pointer does not unmap it.
-            let mapping = unsafe {
-                MmapRegion::build_raw(
-                    region.as_ptr(),
-                    region.size(),
-                    region.prot(),
-                    region.flags(),
-                )
-            }
-            .map_err(io::Error::other)?;
-            let region = GuestRegionMmap::new(mapping, region.start_addr())
-                .ok_or_else(|| io::Error::other("a region wraps around"))?;
-            regions.push(region);
+            let mapping =
+                unsafe { MmapRegion::build_raw(region.as_ptr(), region.size(), prot, flags) }
+                    .map_err(io::Error::other)?;
+            regions.push(GuestRegionMmap::new(mapping, region.start_addr()).ok_or_else(wraps)?);
         }
+        let buffer = MmapRegion::new(BUFFER_LEN).map_err(io::Error::other)?;
+        regions.push(GuestRegionMmap::new(buffer, BUFFER).ok_or_else(wraps)?);
         let view = FsMemory::from_regions(regions).map_err(io::Error::other)?;
+
+        let table = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), QUEUE_LEN)])
+            .map_err(io::Error::other)?;
+        let mut queue = Queue::new(TABLE_LEN).map_err(io::Error::other)?;
+        queue
+            .try_set_avail_ring_address(AVAIL)
+            .map_err(io::Error::other)?;
+        queue.set_ready(true);
+        // The ring says for good: one chain, starting at descriptor 0.
+        table
+            .write_obj(1u16, GuestAddress(AVAIL.0 + 2))
+            .map_err(io::Error::other)?;
         Ok(Self {
             view,
+            table,
+            queue,
             _owner: owner,
         })
     }
 
-    /// The view.
-    pub fn view(&self) -> &FsMemory {
-        &self.view
-    }
-}
-
-/// Where a thread writes the descriptors of the chain it is working on.
-pub struct PrivateTable {
-    memory: GuestMemoryMmap,
-    queue: Queue,
-}
-
-/// Table at 0, then an available ring of one entry.
-const AVAIL: u64 = MAX_DESCRIPTORS as u64 * 16;
-const SIZE: usize = AVAIL as usize + 4096;
-
-impl PrivateTable {
-    /// An empty table.
+    /// The chain with `copied`, its first bytes, in the private buffer, and the view to read it in.
     ///
     /// # Errors
-    /// When it cannot be mapped.
-    pub fn new() -> io::Result<Self> {
-        let memory =
-            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE)]).map_err(io::Error::other)?;
-        let size = u16::try_from(MAX_DESCRIPTORS).map_err(io::Error::other)?;
-        let mut queue = Queue::new(size).map_err(io::Error::other)?;
-        queue
-            .try_set_avail_ring_address(GuestAddress(AVAIL))
+    /// When `copied` is empty, or longer than [`BUFFER_LEN`].
+    pub fn prepare(
+        &mut self,
+        chain: &Chain<'_>,
+        copied: &[u8],
+    ) -> io::Result<(&FsMemory, DescriptorChain<&GuestMemoryMmap>)> {
+        self.view
+            .write_slice(copied, BUFFER)
             .map_err(io::Error::other)?;
-        queue.set_ready(true);
-        // The ring says for good: one chain, starting at descriptor 0.
-        memory
-            .write_obj(1u16, GuestAddress(AVAIL + 2))
-            .map_err(io::Error::other)?;
-        Ok(Self { memory, queue })
-    }
-
-    /// The same chain in the private table.
-    ///
-    /// # Errors
-    /// Never for a chain of at most [`MAX_DESCRIPTORS`]: the table holds that many.
-    pub fn rewrite(&mut self, chain: &Chain<'_>) -> io::Result<DescriptorChain<&GuestMemoryMmap>> {
-        let readable = chain.readable.segments().iter().map(|s| (s, 0));
-        let writable = chain
-            .writable
-            .segments()
-            .iter()
-            .map(|s| (s, VRING_DESC_F_WRITE as u16));
-        let count = chain.readable.segments().len() + chain.writable.segments().len();
-        for ((segment, write), index) in readable.chain(writable).zip(0u16..) {
-            let last = usize::from(index) + 1 == count;
-            let next = if last { 0 } else { VRING_DESC_F_NEXT as u16 };
-            let len = u32::try_from(segment.slice.len()).map_err(io::Error::other)?;
-            let descriptor = Descriptor::new(segment.addr.0, len, write | next, index + 1);
-            self.memory
+        let write = VRING_DESC_F_WRITE as u16;
+        let first = (BUFFER, copied.len(), 0);
+        let readable = chain
+            .readable
+            .runs(copied.len())
+            .map(|(at, len)| (at, len, 0));
+        let writable = chain.writable.runs(0).map(|(at, len)| (at, len, write));
+        let mut runs = std::iter::once(first)
+            .chain(readable)
+            .chain(writable)
+            .zip(0u16..)
+            .peekable();
+        while let Some(((at, len, write), index)) = runs.next() {
+            let next = match runs.peek() {
+                Some(_) => VRING_DESC_F_NEXT as u16,
+                None => 0,
+            };
+            let len = u32::try_from(len).map_err(io::Error::other)?;
+            let descriptor = Descriptor::new(at.0, len, write | next, index + 1);
+            self.table
                 .write_obj(
                     RawDescriptor::from(descriptor),
                     GuestAddress(16 * u64::from(index)),
@@ -123,10 +125,12 @@ impl PrivateTable {
                 .map_err(io::Error::other)?;
         }
         self.queue.set_next_avail(0);
-        self.queue
-            .iter(&self.memory)
+        let prepared = self
+            .queue
+            .iter(&self.table)
             .map_err(io::Error::other)?
             .next()
-            .ok_or_else(|| io::Error::other("the private table shows no chain"))
+            .ok_or_else(|| io::Error::other("the private table shows no chain"))?;
+        Ok((&self.view, prepared))
     }
 }

@@ -11,8 +11,9 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::memory::{Alias, PrivateTable};
-use crate::virtio::queue::{Chain, DeviceQueue};
+use super::memory::{BUFFER_LEN, Scratch};
+use super::request::{self, FIXED_LEN, HEADER_LEN};
+use crate::virtio::queue::{Chain, DeviceQueue, Short};
 use crate::virtio::worker::{Fault, Handler, Poll, drain};
 use crate::virtio::{ActivateError, Activation};
 
@@ -26,7 +27,6 @@ const MAX_BYTES: u32 = 4 << 20;
 pub struct Shared {
     server: Server<PassthroughFs>,
     memory: GuestMemoryMmap,
-    alias: Alias,
     queues: Vec<FsQueue>,
 }
 
@@ -64,21 +64,29 @@ impl Shared {
             let queue = Mutex::new(DeviceQueue::new(queue, index, MAX_BYTES, interrupt));
             queues.push(FsQueue { queue, kick });
         }
-        let alias = Alias::new(&memory).map_err(host)?;
         Ok(Self {
             server,
             memory,
-            alias,
             queues,
         })
     }
 
     /// Answers one request; the number of bytes written to its writable part.
-    fn answer(&self, table: &mut PrivateTable, chain: &Chain<'_>) -> Result<u32, AnswerError> {
-        let chain = table.rewrite(chain)?;
-        let view = self.alias.view();
-        let reader = Reader::new(view, chain.clone())?;
-        let writer = Writer::new(view, chain)?;
+    fn answer(
+        &self,
+        scratch: &mut Scratch,
+        copy: &mut [u8],
+        chain: &Chain<'_>,
+    ) -> Result<u32, AnswerError> {
+        let request = copy_out(chain, copy)?;
+        if let Err(errno) = request::check(request) {
+            let reply = request::refusal(request, errno);
+            chain.writable.write_at(0, &reply)?;
+            return Ok(reply.len() as u32);
+        }
+        let (view, prepared) = scratch.prepare(chain, request)?;
+        let reader = Reader::new(view, prepared.clone())?;
+        let writer = Writer::new(view, prepared)?;
         let written = self
             .server
             .handle_message(reader, writer, None::<&mut ()>)?;
@@ -87,11 +95,32 @@ impl Shared {
     }
 }
 
+/// Copies what is checked of a request out of the guest's reach, into `copy`.
+fn copy_out<'a>(chain: &Chain<'_>, copy: &'a mut [u8]) -> Result<&'a [u8], AnswerError> {
+    let len = chain.readable.len();
+    let header = copy
+        .get_mut(..HEADER_LEN)
+        .ok_or(AnswerError::TooLong(HEADER_LEN))?;
+    chain.readable.read_at(0, header)?;
+    let wanted = if request::has_names(header) {
+        len
+    } else {
+        len.min(FIXED_LEN)
+    };
+    let request = copy.get_mut(..wanted).ok_or(AnswerError::TooLong(wanted))?;
+    chain.readable.read_at(0, request)?;
+    Ok(request)
+}
+
 /// Why a request has no answer.
 #[derive(Debug, thiserror::Error)]
 enum AnswerError {
+    #[error("a request or its reply does not fit its buffers")]
+    Short(#[from] Short),
+    #[error("a request with names has {0} bytes")]
+    TooLong(usize),
     #[error("preparing a request's buffers")]
-    Table(#[from] io::Error),
+    Scratch(#[from] io::Error),
     #[error("reading a request's buffers")]
     Buffers(#[from] virtiofsd::descriptor_utils::Error),
     #[error("the guest sent a request that is no FUSE message")]
@@ -101,13 +130,14 @@ enum AnswerError {
 /// The threads of a device.
 ///
 /// # Errors
-/// When a thread's private table cannot be mapped.
+/// When a thread's private pages cannot be mapped.
 pub fn threads(shared: &Arc<Shared>) -> io::Result<Vec<FsThread>> {
     (0..THREADS)
         .map(|_| {
             Ok(FsThread {
                 shared: Arc::clone(shared),
-                table: PrivateTable::new()?,
+                scratch: Scratch::new(&shared.memory)?,
+                copy: vec![0; BUFFER_LEN],
             })
         })
         .collect()
@@ -116,7 +146,8 @@ pub fn threads(shared: &Arc<Shared>) -> io::Result<Vec<FsThread>> {
 /// One thread.
 pub struct FsThread {
     shared: Arc<Shared>,
-    table: PrivateTable,
+    scratch: Scratch,
+    copy: Vec<u8>,
 }
 
 impl Handler for FsThread {
@@ -163,7 +194,7 @@ impl Handler for FsThread {
                 let _ = fs_queue.kick.write(1);
             }
             let written = shared
-                .answer(&mut self.table, &chain)
+                .answer(&mut self.scratch, &mut self.copy, &chain)
                 .unwrap_or_else(|error| {
                     tracing::warn!(error = &error as &dyn std::error::Error, "request dropped");
                     0
