@@ -14,6 +14,8 @@ use vm_memory::{Address, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestM
 use crate::layout::{GAP_START, HIGH_RAM_START};
 
 const MIB: u64 = 1 << 20;
+/// The host's page size.
+const PAGE: usize = 4096;
 
 /// Why there is no guest RAM.
 #[derive(Debug, thiserror::Error)]
@@ -110,7 +112,6 @@ pub fn low_bytes(memory: &GuestMemoryMmap) -> u64 {
 /// # Errors
 /// [`MemoryError::Residency`] with what `mincore` said.
 pub fn resident_bytes(memory: &GuestMemoryMmap) -> Result<u64, MemoryError> {
-    const PAGE: usize = 4096;
     // A mebibyte-sized answer at a time covers 4 GiB of guest.
     const CHUNK_PAGES: usize = 1 << 20;
     let mut answer = Vec::new();

@@ -24,10 +24,14 @@ use crate::memory::{self, MemoryError};
 use crate::parts::{Parts, Share};
 use crate::vcpu::{Shared, VcpuError, Vcpus};
 use crate::virtio::balloon::{Balloon, BalloonHandle};
+use crate::virtio::fs::{BadTag, Fs};
 use crate::virtio::mmio::{self, MmioTransport, NewTransportError};
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 use crate::virtio::{GuestMemory, VirtioDevice};
 
+/// The guest's address on its vsock, where it is alone: each VM has a bridge of its own.
+const GUEST_CID: u64 = 3;
 /// Bytes of a balloon page (virtio 1.2, 5.5.6), whatever the guest's page size.
 const BALLOON_PAGE: u64 = 4096;
 /// Balloon pages of one MiB.
@@ -47,15 +51,9 @@ pub enum VmError {
     /// Kernel, initramfs, tables.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A virtio device.
-    #[error("cannot make the {what} device")]
-    Device {
-        /// Which.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
+    /// A share.
+    #[error(transparent)]
+    Share(#[from] BadTag),
     /// The transport of a virtio device.
     #[error(transparent)]
     Transport(#[from] NewTransportError),
@@ -107,10 +105,13 @@ impl Vm {
 
         // The machine: memory, interrupt controllers, vCPUs as after a reset.
         let ram = memory::allocate(parts.memory_mib)?;
+        tracing::debug!("memory mapped");
         let machine = Host::open(parts.kvm)?.create_vm(parts.vcpus, &ram)?;
         let vcpus = (0..parts.vcpus)
             .map(|index| machine.create_vcpu(index))
             .collect::<Result<Vec<_>, _>>()?;
+
+        tracing::debug!("machine and vCPUs made");
 
         // Its devices.
         let ending = Arc::new(Ending::new().map_err(host("make an eventfd"))?);
@@ -121,6 +122,8 @@ impl Vm {
         let devices = virtio_devices(parts.vsock, parts.shares, balloon)?;
         let virtio_devices = devices.len();
         let mmio = mmio_bus(&machine, devices, &memory)?;
+
+        tracing::debug!("devices made");
 
         // What it boots.
         let entry = boot::load(
@@ -133,6 +136,7 @@ impl Vm {
                 virtio_devices,
             },
         )?;
+        tracing::debug!("kernel and initramfs loaded");
         let vm_built = clock::monotonic();
 
         // Off it goes.
@@ -252,19 +256,17 @@ fn ports(machine: &Machine, console: &Console, ending: &Arc<Ending>) -> Result<B
     let serial = SerialPort::new(console.clone(), irq);
     let sleep = SleepRegisters::new(Arc::clone(ending));
     let reset = ResetRegister::new(Arc::clone(ending));
-    let devices: [(u16, u16, Arc<Mutex<dyn BusDevice>>); 3] = [
-        (
-            layout::SERIAL_PORT,
-            layout::SERIAL_PORTS,
-            Arc::new(Mutex::new(serial)),
-        ),
-        (layout::SLEEP_CONTROL_PORT, 2, Arc::new(Mutex::new(sleep))),
-        (layout::RESET_PORT, 1, Arc::new(Mutex::new(reset))),
-    ];
     let mut bus = Bus::default();
-    for (port, count, device) in devices {
-        bus.insert(u64::from(port), u64::from(count), device)?;
-    }
+    let mut insert = |port: u16, count: u16, device: Arc<Mutex<dyn BusDevice>>| {
+        bus.insert(u64::from(port), u64::from(count), device)
+    };
+    insert(
+        layout::SERIAL_PORT,
+        layout::SERIAL_PORTS,
+        Arc::new(Mutex::new(serial)),
+    )?;
+    insert(layout::SLEEP_CONTROL_PORT, 2, Arc::new(Mutex::new(sleep)))?;
+    insert(layout::RESET_PORT, 1, Arc::new(Mutex::new(reset)))?;
     Ok(bus)
 }
 
@@ -274,8 +276,15 @@ fn virtio_devices(
     shares: Vec<Share>,
     balloon: Balloon,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, VmError> {
-    let devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(balloon), Box::new(Rng::default())];
-    drop((vsock, shares));
+    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![
+        Box::new(Vsock::new(GUEST_CID, vsock)),
+        Box::new(Rng::default()),
+        Box::new(balloon),
+    ];
+    for share in shares {
+        let fs = Fs::new(&share.tag, share.root, share.cache)?;
+        devices.push(Box::new(fs));
+    }
     Ok(devices)
 }
 

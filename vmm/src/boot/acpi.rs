@@ -319,7 +319,7 @@ mod tests {
     #[test]
     fn each_vm_has_its_own_generation_id() {
         let memory = crate::memory::allocate(64).unwrap();
-        let mut id = || {
+        let id = || {
             write(&memory, 1, 0).unwrap();
             bytes(&memory, layout::VM_GENERATION_ID, 16)
         };

@@ -140,7 +140,7 @@ impl Kernel {
             };
             match kind {
                 SEGMENT_LOAD if segment.memory_len > 0 => {
-                    segments.push(segment.checked(image_len, ram)?);
+                    segments.push(segment);
                 }
                 SEGMENT_NOTE if entry.is_none() => {
                     within(segment.offset, segment.file_len, image_len, "a note")?;
@@ -152,7 +152,12 @@ impl Kernel {
                 _ => {}
             }
         }
+        // Before the segments: any other program is best told apart from a kernel by this.
         let entry = entry.ok_or(KernelError::NoPvhEntry)?;
+        let segments = segments
+            .into_iter()
+            .map(|segment| segment.checked(image_len, ram))
+            .collect::<Result<Vec<_>, _>>()?;
         if !segments.iter().any(|s| s.holds(entry)) {
             return Err(KernelError::Damaged(
                 "the PVH entry point lies outside the kernel",
