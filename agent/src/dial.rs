@@ -24,6 +24,30 @@ const HOST_CID: u32 = 2;
 /// A host that has not answered by then will not.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// `SO_VM_SOCKETS_CONNECT_TIMEOUT` of linux/vm_sockets.h, with a `timeval` as on every 64-bit machine.
+const CONNECT_TIMEOUT: libc::c_int = 6;
+
+/// Gives a connect as long as [`PATIENCE`]: the kernel's default of 2 s is too short where a busy host starves the VM.
+#[allow(unsafe_code, reason = "no crate offers this socket option")]
+fn set_connect_timeout(fd: &OwnedFd) -> io::Result<()> {
+    let patience = libc::timeval {
+        tv_sec: PATIENCE.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_usec: 0,
+    };
+    let length = libc::socklen_t::try_from(size_of::<libc::timeval>()).unwrap_or(0);
+    // SAFETY: the fd is open, and the kernel reads `length` bytes of a timeval that lives across the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::AF_VSOCK,
+            CONNECT_TIMEOUT,
+            (&raw const patience).cast(),
+            length,
+        )
+    };
+    Errno::result(result).map(drop).map_err(io::Error::from)
+}
+
 /// Pauses between tries while the device is missing double from the first to the second.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
@@ -88,6 +112,7 @@ async fn connect_once(port: u32) -> io::Result<Polled> {
         SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
         None,
     )?;
+    set_connect_timeout(&fd)?;
     let pending = match connect(fd.as_raw_fd(), &VsockAddr::new(HOST_CID, port)) {
         Ok(()) => false,
         Err(Errno::EINPROGRESS) => true,
