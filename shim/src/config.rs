@@ -148,7 +148,7 @@ impl Default for Config {
             log_level: LogLevel::Info,
             state_dir: PathBuf::from("/run/husk"),
             socket_dir: PathBuf::from("/run/containerd/s"),
-            start_timeout: Duration::from_secs(30),
+            start_timeout: Duration::from_secs(60),
             enabled_annotations: Vec::new(),
         }
     }

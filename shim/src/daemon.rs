@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use nix::unistd::{dup2_stdin, dup2_stdout, setsid};
 use tokio::signal::unix::{SignalKind, signal};
@@ -62,7 +63,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     runtime.block_on(serve(args, config, pod.clone(), listener));
     // Tasks that still hold something of the pod end here.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    delete::clear_pod(&pod);
+    // Where containerd has asked for the end, the pod is cleared away already, and its id may be in use again.
+    if pod.load().and_then(|state| state.shim) == ProcessId::current().ok() {
+        delete::clear_pod(&pod);
+    }
     info!("shim ends");
     Ok(())
 }
@@ -90,6 +94,12 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir)> {
         None::<&str>,
     )
     .map_err(step("detach the shim's mounts from the host's"))?;
+    // A process with all its streams takes nine descriptors; the usual soft limit of 1024 would be a limit on execs.
+    let limits = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = limits {
+        warn!(%error, "cannot raise the limit of open files");
+    }
     let pod = PodDir::new(&config.state_dir, &args.namespace, &args.group)?;
     pod.create().map_err(|e| {
         anyhow::anyhow!(
