@@ -45,9 +45,8 @@ struct Process {
     paths: StdioPaths,
     /// An exec's OCI process, JSON for the agent; empty for the init.
     json: Vec<u8>,
-    stdio: Option<Arc<Stdio>>,
-    /// Streams that the guest may still dial.
-    _expecting: Option<Expecting>,
+    /// Its streams on the host, and the tokens with which the guest may still dial them.
+    streams: Option<(Arc<Stdio>, Expecting)>,
 }
 
 /// One task.
@@ -122,8 +121,7 @@ impl Container {
             Process {
                 paths: parts.paths,
                 json: Vec::new(),
-                stdio: Some(stdio),
-                _expecting: Some(expecting),
+                streams: Some((stdio, expecting)),
             },
         );
         Ok(container)
@@ -307,8 +305,7 @@ impl Container {
             return Err(error);
         }
         if let Some(process) = self.processes().get_mut(exec_id) {
-            process.stdio = Some(stdio);
-            process._expecting = Some(expecting);
+            process.streams = Some((stdio, expecting));
         }
         tokio::spawn(Arc::clone(self).reap(agent.clone(), exec_id.to_owned()));
         Ok(())
@@ -374,8 +371,14 @@ impl Container {
         }
     }
 
+    fn stdio(&self, exec_id: &str) -> Option<Arc<Stdio>> {
+        let processes = self.processes();
+        let (stdio, _) = processes.get(exec_id)?.streams.as_ref()?;
+        Some(Arc::clone(stdio))
+    }
+
     async fn drain(&self, exec_id: &str, stdout_bytes: u64, stderr_bytes: u64) {
-        let stdio = self.processes().get(exec_id).and_then(|p| p.stdio.clone());
+        let stdio = self.stdio(exec_id);
         if let Some(stdio) = stdio {
             stdio.drained(stdout_bytes, stderr_bytes).await;
         }
@@ -467,8 +470,7 @@ impl Container {
             Process {
                 paths,
                 json,
-                stdio: None,
-                _expecting: None,
+                streams: None,
             },
         );
         Ok(())
@@ -481,7 +483,7 @@ impl Container {
     pub fn delete_exec(&self, exec_id: &str) -> Result<Exit, TaskError> {
         let exit = self.change(|life| life.remove_exec(exec_id))?;
         let process = self.processes().remove(exec_id);
-        if let Some(stdio) = process.and_then(|p| p.stdio) {
+        if let Some((stdio, _)) = process.and_then(|p| p.streams) {
             stdio.close();
         }
         Ok(exit)
@@ -516,7 +518,7 @@ impl Container {
             warn!(container = self.id, %error, "the container's files were not cleared away");
         }
         for process in self.processes().values() {
-            if let Some(stdio) = &process.stdio {
+            if let Some((stdio, _)) = &process.streams {
                 stdio.close();
             }
         }
@@ -629,7 +631,7 @@ impl Container {
     /// NotFound for an unknown exec.
     pub fn close_stdin(&self, exec_id: &str) -> Result<(), TaskError> {
         self.life().stage(exec_id)?;
-        let stdio = self.processes().get(exec_id).and_then(|p| p.stdio.clone());
+        let stdio = self.stdio(exec_id);
         if let Some(stdio) = stdio {
             stdio.close_stdin();
         }

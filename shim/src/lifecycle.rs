@@ -462,6 +462,16 @@ mod tests {
         assert_eq!(life.remove_exec("e").unwrap(), exit(126));
     }
 
+    #[test]
+    fn an_exec_that_never_started_ends_in_silence() {
+        let mut life = Lifecycle::default();
+        life.add_exec("e").unwrap();
+        life.take_announcements();
+        life.ended("e", exit(1));
+        assert_eq!(life.take_announcements(), []);
+        assert_eq!(*life.watch("e").unwrap().borrow(), Some(exit(1)));
+    }
+
     #[derive(Debug, Clone)]
     enum Step {
         Begin(usize),
