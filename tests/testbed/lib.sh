@@ -35,12 +35,23 @@ image_dir() {
     printf '%s/testbed/%s-%s\n' "$HUSK_CACHE" "$1" "${hash:0:16}"
 }
 
-# apt_install PACKAGES: as root, quietly, waiting for another apt to end.
+# apt ARGS: waits for another apt to end; its talk is shown when it fails.
+apt() {
+    local log
+    log=$(mktemp)
+    if ! DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 -o DPkg::Lock::Timeout=600 "$@" >"$log" 2>&1; then
+        cat "$log" >&2
+        rm -f "$log"
+        die "apt-get $* failed; its output is above"
+    fi
+    rm -f "$log"
+}
+
+# apt_install PACKAGES: as root, without what they merely recommend.
 apt_install() {
     [[ $(id -u) == 0 ]] || die "missing on this host: $*; run as root once, or install them"
     say "installing on this host: $*"
-    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install \
-        --yes --quiet=2 --no-install-recommends "$@" >&2
+    apt install --yes --no-install-recommends "$@"
 }
 
 qemu_major() {
@@ -58,7 +69,7 @@ need_qemu() {
     # shellcheck source=/dev/null
     codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
     if [[ $codename == bookworm ]]; then
-        if ! grep -rqs bookworm-backports /etc/apt/sources.list /etc/apt/sources.list.d; then
+        if ! grep -rqsE '^[^#]*bookworm-backports' /etc/apt/sources.list /etc/apt/sources.list.d; then
             cat >/etc/apt/sources.list.d/husk-bookworm-backports.sources <<'SOURCES'
 # Added by husk's tests/testbed for QEMU >= 10.
 Types: deb
@@ -68,10 +79,10 @@ Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 SOURCES
         fi
-        apt-get -o DPkg::Lock::Timeout=600 --quiet=2 update >&2
+        apt update
         apt_install -t bookworm-backports qemu-system-x86 seabios ipxe-qemu
     else
-        apt-get -o DPkg::Lock::Timeout=600 --quiet=2 update >&2
+        apt update
         apt_install qemu-system-x86
     fi
     (($(qemu_major) >= 10)) || die "this host's QEMU is older than 10 and apt has no newer one; install QEMU >= 10"
