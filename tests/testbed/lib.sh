@@ -134,7 +134,7 @@ qemu_command() {
 
 # machine_defaults: the settings that every command shares.
 machine_defaults() {
-    SUITE=trixie MEM=6144 SMP=2 PAYLOAD=$REPO_DIR/target/testbed/payload OUT='' JOB_ENV=()
+    SUITE=trixie MEM=6144 SMP=${HUSK_TESTBED_SMP:-2} PAYLOAD=$REPO_DIR/target/testbed/payload OUT='' JOB_ENV=()
 }
 
 # machine_option OPTION VALUE: takes one of the shared options.
