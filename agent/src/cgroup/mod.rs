@@ -21,7 +21,7 @@ use oci_spec::runtime::LinuxResources;
 use crate::container::error::{LaunchError, Step};
 
 /// The cgroup that holds the containers' cgroups.
-const PARENT: &str = "containers";
+pub(crate) const PARENT: &str = "containers";
 /// How long freezing, thawing and removal may take before they are given up.
 const PATIENCE: Duration = Duration::from_secs(10);
 

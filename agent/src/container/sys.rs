@@ -174,11 +174,32 @@ pub(crate) fn ioprio_set(class: u32, level: u32) -> io::Result<()> {
     check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, value) }).map(drop)
 }
 
-/// Undoes what a Rust program inherits or sets up: every signal has its default effect and none is blocked.
+/// The kernel's `struct sigaction` on x86_64, all zeroes of which mean the default effect.
+#[repr(C)]
+#[derive(Default)]
+struct KernelSigaction {
+    handler: usize,
+    flags: u64,
+    restorer: usize,
+    mask: u64,
+}
+
+/// Undoes what a Rust program inherits or sets up: every signal has its default effect and none is blocked. By the
+/// system call, since the C library keeps two signals to itself, and its posix_spawn ignores them in the child.
 pub(crate) fn reset_signals() -> io::Result<()> {
-    for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: SIG_DFL is no code of ours. SIGKILL, SIGSTOP and the C library's own refuse, rightly.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    let default = KernelSigaction::default();
+    for signal in 1..=64 {
+        // SAFETY: the action is the kernel's structure, its mask has the size passed, and the default effect is no
+        // code of ours. SIGKILL and SIGSTOP refuse, rightly.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                &raw const default,
+                std::ptr::null_mut::<KernelSigaction>(),
+                size_of::<u64>(),
+            )
+        };
     }
     // SAFETY: the set is initialised by sigemptyset before it is used, and outlives both calls.
     let result = unsafe {

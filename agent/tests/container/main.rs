@@ -1,0 +1,11 @@
+//! Real containers: a busybox rootfs, launched through the built agent's `container-init`.
+//!
+//! The tests run as root, with cgroup v2 mounted somewhere; this process stands in for PID 1 as a subreaper. What needs the
+//! memory, cpu and pids controllers of v2 is in `limits`, which says so where they belong to v1.
+
+mod cgroups;
+mod filesystem;
+mod limits;
+mod namespaces;
+mod process;
+mod support;
