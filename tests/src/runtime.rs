@@ -2,6 +2,13 @@
 
 use std::fmt;
 
+/// gVisor's `runsc` with the flags it needs in the testbed, where the bench puts it. (systrap: the emulated machine has no
+/// platform that is faster; no network: as husk's pods have none yet.)
+pub const RUNSC: &str = "/run/husk-runsc";
+
+/// The script at [`RUNSC`].
+pub const RUNSC_SCRIPT: &str = "#!/bin/sh\nexec runsc --platform=systrap --network=none \"$@\"\n";
+
 /// A runtime under test or beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Runtime {
@@ -37,12 +44,7 @@ impl Runtime {
                 "--runc-binary",
                 "crun",
             ],
-            Self::Runsc => &[
-                "--runtime",
-                "io.containerd.runc.v2",
-                "--runc-binary",
-                "runsc-testbed",
-            ],
+            Self::Runsc => &["--runtime", "io.containerd.runc.v2", "--runc-binary", RUNSC],
         }
     }
 }

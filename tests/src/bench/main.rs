@@ -5,13 +5,19 @@
 
 use std::{
     env, fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Instant,
 };
 
 use anyhow::{Context, Result, bail};
-use husk_tests::{containerd::Containerd, ctr, runtime::Runtime, timing};
+use husk_tests::{
+    containerd::Containerd,
+    ctr,
+    runtime::{RUNSC, RUNSC_SCRIPT, Runtime},
+    timing,
+};
 
 mod files;
 mod memory;
@@ -57,6 +63,8 @@ fn run(out: &Path) -> Result<()> {
         .context("husk-bench has no directory")?;
     let containerd = Containerd::start(Path::new("/run/husk-bench"), &bin)?;
     containerd.import(Path::new("/srv/images/busybox.tar"))?;
+    fs::write(RUNSC, RUNSC_SCRIPT)?;
+    fs::set_permissions(RUNSC, fs::Permissions::from_mode(0o755))?;
     let mut bench = Bench {
         containerd,
         runtimes: Vec::new(),

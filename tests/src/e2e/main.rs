@@ -26,6 +26,7 @@ mod oci;
 mod run;
 mod signals;
 mod terminal;
+mod vmm;
 
 use context::Context as Suite;
 
@@ -55,7 +56,7 @@ pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Tes
 }
 
 /// The suites. Those marked alone count what the whole host holds, so nothing runs beside them.
-const SUITES: [(&str, bool, &[Test]); 10] = [
+const SUITES: [(&str, bool, &[Test]); 11] = [
     ("run", false, run::TESTS),
     ("io", false, io::TESTS),
     ("terminal", false, terminal::TESTS),
@@ -64,6 +65,7 @@ const SUITES: [(&str, bool, &[Test]); 10] = [
     ("limits", false, limits::TESTS),
     ("isolation", false, isolation::TESTS),
     ("oci", false, oci::TESTS),
+    ("vmm", false, vmm::TESTS),
     ("lifecycle", true, lifecycle::TESTS),
     ("faults", true, faults::TESTS),
 ];

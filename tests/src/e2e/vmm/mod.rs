@@ -1,0 +1,173 @@
+//! husk-vmm on its own: its control channel, and guests of every size and end.
+
+mod process;
+
+use std::{thread, time::Duration};
+
+use anyhow::{Result, ensure};
+use husk_tests::wait;
+use serde_json::{Value, json};
+
+use crate::{Test, context::Context, husk_test};
+use process::{Guest, Vmm};
+
+pub const TESTS: &[Test] = &[
+    husk_test("power_off", power_off),
+    husk_test("guest_sizes", guest_sizes),
+    husk_test("panic_with_its_last_words", panic_with_its_last_words),
+    husk_test("pause_and_resume", pause_and_resume),
+    husk_test("stop", stop),
+    husk_test("shim_hangs_up", shim_hangs_up),
+    husk_test("memory_figures_and_balloon", memory_figures_and_balloon),
+    husk_test("refused_launches", refused_launches),
+];
+
+/// Looks around, then turns the machine off.
+const REPORT: &str = "$b mkdir /proc; $b mount -t proc proc /proc; echo cpus $($b nproc)
+$b grep MemTotal /proc/meminfo; $b poweroff -f; $b sleep 1000";
+/// Keeps a vCPU busy for good.
+const BUSY: &str = "echo ready; while :; do :; done";
+
+fn launched(context: &Context, init: &str, vcpus: u8, memory_mib: u64) -> Result<Vmm> {
+    let mut vmm = Vmm::start(context, &Guest { init, kernel: None })?;
+    let answer = vmm.ask(json!({ "launch": Vmm::config(vcpus, memory_mib) }))?;
+    let time = |phase: &str| answer["launched"][phase].as_u64().unwrap_or(0);
+    let phases = ["process_started", "vm_built", "vcpus_running"].map(time);
+    ensure!(phases.is_sorted() && phases[0] > 0, "{answer}");
+    Ok(vmm)
+}
+
+fn power_off(context: &Context) -> Result<()> {
+    let mut vmm = launched(context, REPORT, 2, 128)?;
+    let lines = vmm.console_until("MemTotal:")?;
+    ensure!(lines.contains(&"cpus 2".to_owned()), "{lines:?}");
+    ensure!(vmm.exited()? == json!("power-off"));
+    ensure!(vmm.exit_code()? == Some(0));
+    Ok(())
+}
+
+/// The bounds: least memory, memory past the 32-bit gap, most vCPUs.
+fn guest_sizes(context: &Context) -> Result<()> {
+    for (vcpus, memory_mib) in [(1, 64), (1, 3500), (32, 256)] {
+        let mut vmm = launched(context, REPORT, vcpus, memory_mib)?;
+        let lines = vmm.console_until("MemTotal:")?;
+        ensure!(lines.contains(&format!("cpus {vcpus}")), "{lines:?}");
+        let kib: u64 = lines
+            .last()
+            .and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+            .unwrap_or(0);
+        // The kernel and its tables take the rest.
+        let mib = kib / 1024;
+        ensure!(mib < memory_mib && mib > memory_mib * 6 / 10, "{lines:?}");
+        ensure!(vmm.exited()? == json!("power-off"));
+    }
+    Ok(())
+}
+
+fn panic_with_its_last_words(context: &Context) -> Result<()> {
+    let mut vmm = launched(context, "exit 3", 1, 128)?;
+    let exit = vmm.exited()?;
+    let words = exit["guest-panic"]["console"].to_string();
+    ensure!(words.contains("Attempted to kill init!"), "{exit}");
+    ensure!(vmm.exit_code()? == Some(0));
+    Ok(())
+}
+
+fn pause_and_resume(context: &Context) -> Result<()> {
+    let mut vmm = launched(context, BUSY, 2, 128)?;
+    vmm.console_until("ready")?;
+    for _ in 0..3 {
+        vmm.ask(json!("pause"))?;
+        let ticks = vmm.guest_ticks()?;
+        thread::sleep(Duration::from_millis(300));
+        ensure!(vmm.guest_ticks()? == ticks, "a paused guest ran");
+        vmm.ask(json!("resume"))?;
+        wait::until("the guest to run on", || {
+            (vmm.guest_ticks().ok()? > ticks).then_some(())
+        })?;
+    }
+    vmm.ask(json!("pause"))?;
+    vmm.ask(json!("stop"))?;
+    ensure!(vmm.exited()? == json!("stopped"), "a paused VM stops too");
+    Ok(())
+}
+
+fn stop(context: &Context) -> Result<()> {
+    let mut vmm = launched(context, BUSY, 2, 128)?;
+    vmm.console_until("ready")?;
+    vmm.ask(json!("stop"))?;
+    ensure!(vmm.exited()? == json!("stopped"));
+    ensure!(vmm.exit_code()? == Some(0));
+    Ok(())
+}
+
+fn shim_hangs_up(context: &Context) -> Result<()> {
+    let mut vmm = launched(context, BUSY, 1, 128)?;
+    vmm.hang_up()?;
+    ensure!(vmm.exit_code()? == Some(0));
+    Ok(())
+}
+
+fn memory_figures_and_balloon(context: &Context) -> Result<()> {
+    const MIB: u64 = 1 << 20;
+    let mut vmm = launched(context, "echo ready; $b sleep 100000", 1, 128)?;
+    vmm.console_until("ready")?;
+    let figure = |info: &Value, name: &str| info["info"][name].as_u64().unwrap_or(u64::MAX);
+    let info = vmm.ask(json!("info"))?;
+    ensure!(figure(&info, "memory_bytes") == 128 * MIB, "{info}");
+    ensure!(figure(&info, "resident_bytes") < 128 * MIB, "{info}");
+    ensure!(figure(&info, "balloon_bytes") == 0, "{info}");
+
+    let refused = vmm.call(json!({ "set-balloon": { "target_mib": 129 } }))?;
+    ensure!(refused.is_err_and(|text| text.contains("128 MiB")));
+    vmm.ask(json!({ "set-balloon": { "target_mib": 32 } }))?;
+    wait::until("the guest to fill its balloon", || {
+        let info = vmm.ask(json!("info")).ok()?;
+        (figure(&info, "balloon_bytes") == 32 * MIB).then_some(())
+    })?;
+    vmm.ask(json!({ "set-balloon": { "target_mib": 0 } }))?;
+    wait::until("the guest to empty its balloon", || {
+        let info = vmm.ask(json!("info")).ok()?;
+        (figure(&info, "balloon_bytes") == 0).then_some(())
+    })
+}
+
+fn refused_launches(context: &Context) -> Result<()> {
+    let mut unknown = Vmm::config(1, 128);
+    unknown["surprise"] = json!(1);
+    let mut closed = Vmm::config(1, 128);
+    closed["kernel_fd"] = json!(99);
+    let mut wordy = Vmm::config(1, 128);
+    wordy["kernel_params"] = json!("x".repeat(3000));
+    let cases = [
+        (None, Vmm::config(33, 128), "33 vCPUs"),
+        (None, Vmm::config(1, 63), "at least 64 MiB"),
+        (None, Vmm::config(1, 1 << 30), "this host has"),
+        (None, closed, "kernel_fd is fd 99"),
+        (None, wordy, "kernel_params"),
+        (Some("/bin/sh"), Vmm::config(1, 128), "CONFIG_PVH"),
+        (Some("/etc/passwd"), Vmm::config(1, 128), "not an ELF file"),
+        (Some("/dev/null"), Vmm::config(1, 128), "empty"),
+    ];
+    for (kernel, config, says) in cases {
+        let guest = Guest { init: "", kernel };
+        let mut vmm = Vmm::start(context, &guest)?;
+        let outcome = vmm.call(json!({ "launch": config }))?;
+        ensure!(
+            outcome.as_ref().is_err_and(|text| text.contains(says)),
+            "{says:?} expected: {outcome:?}"
+        );
+        ensure!(vmm.exit_code()? == Some(1), "{says:?}: exit code");
+    }
+    // What is no request at all ends the conversation.
+    let mut vmm = Vmm::start(
+        context,
+        &Guest {
+            init: "",
+            kernel: None,
+        },
+    )?;
+    ensure!(vmm.call(json!({ "launch": unknown })).is_err());
+    ensure!(vmm.exit_code()? == Some(1));
+    Ok(())
+}
