@@ -11,7 +11,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, chroot};
 
-use crate::loopback;
+use crate::{cgroup, loopback};
 
 /// Where cgroup v2 is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -148,6 +148,7 @@ pub fn prepare() -> Result<(), BootError> {
         "keeping the out-of-memory killer off PID 1",
         fs::write("/proc/self/oom_score_adj", "-1000"),
     );
+    optional("room for the agent's own threads", reserve_threads());
     optional("ignoring ctrl-alt-del", set_cad_enabled(false));
     for (name, value) in SYSCTLS {
         optional(name, fs::write(Path::new("/proc/sys").join(name), value));
@@ -212,6 +213,17 @@ fn enable_controllers() -> io::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// Leaves the containers nine tenths of the threads that the kernel makes: a fork bomb without a limit of its own must not
+/// keep the agent from starting what ends it. (Memory needs nothing like it: the kernel kills the containers' processes
+/// and not the agent.)
+fn reserve_threads() -> io::Result<()> {
+    let threads = fs::read_to_string("/proc/sys/kernel/threads-max")?;
+    let threads: u64 = threads.trim().parse().map_err(io::Error::other)?;
+    let containers = Path::new(CGROUP_ROOT).join(cgroup::PARENT);
+    fs::create_dir_all(&containers)?;
+    fs::write(containers.join("pids.max"), (threads / 10 * 9).to_string())
 }
 
 /// The links that a guest-side hook may use.
