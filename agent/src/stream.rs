@@ -233,9 +233,18 @@ async fn write_all(to: &Polled, data: &[u8], mut progress: impl FnMut(usize)) ->
 /// Nobody is left on the other side.
 struct Gone;
 
+fn read_now(fd: &impl AsFd, buffer: &mut [u8]) -> nix::Result<usize> {
+    loop {
+        match read(fd, buffer) {
+            Err(Errno::EINTR) => {}
+            done => return done,
+        }
+    }
+}
+
 /// Reads once and passes on what goes without waiting. `to` becomes `None` where its other side has gone.
 fn take(from: &Polled, to: &mut Option<Polled>, mut progress: impl FnMut(usize)) -> Taken {
-    BUFFER.with_borrow_mut(|buffer| match read(from.get_ref(), buffer) {
+    BUFFER.with_borrow_mut(|buffer| match read_now(from.get_ref(), buffer) {
         Ok(0) => Taken::End,
         Ok(n) => {
             let data = buffer.get(..n).unwrap_or_default();
@@ -250,7 +259,7 @@ fn take(from: &Polled, to: &mut Option<Polled>, mut progress: impl FnMut(usize))
             }
             Taken::Some(n, data.get(sent..).unwrap_or_default().to_vec())
         }
-        Err(Errno::EAGAIN | Errno::EINTR) => Taken::Nothing,
+        Err(Errno::EAGAIN) => Taken::Nothing,
         // The master of a terminal says EIO when its last slave is closed.
         Err(_) => Taken::End,
     })
