@@ -10,6 +10,7 @@ pub const TESTS: &[Test] = &[
     test("metrics_and_processes", metrics_and_processes),
     test("attach_again_after_the_client_has_gone", attach_again),
     test("create_then_start", create_then_start),
+    test("events_in_order", events_in_order),
     husk_test("ten_at_once", ten_at_once),
     husk_test("thirty_cycles_leave_nothing", thirty_cycles),
     husk_test("a_debian_root_file_system", debian),
@@ -96,6 +97,47 @@ fn create_then_start(suite: &Context) -> Result<()> {
     ensure!(out.text() == "step two", "{out:?}");
     // Deleting the task needs it stopped, which it is.
     suite.containerd.remove(&id)
+}
+
+fn events_in_order(suite: &Context) -> Result<()> {
+    let mut events = suite.containerd.ctr();
+    let events = Running::start(events.arg("events"), false)?;
+    // The stream has begun once it shows something that came after it.
+    wait::until("ctr events to listen", || {
+        suite.run(&[], &["true"]).ok()?;
+        (events.stdout_len() > 0).then_some(())
+    })?;
+    let container = suite.detached(&[], &["sh", "-c", "read x"])?;
+    let id = container.id.clone();
+    container.exec(&["true"])?.ok()?;
+    container.task(&["kill", "--signal", "SIGKILL"])?.ok()?;
+    wait::until("the task to stop", || {
+        (container.state().ok()? == "STOPPED").then_some(())
+    })?;
+    drop(container);
+    let listener = nix::unistd::Pid::from_raw(events.pid().cast_signed());
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    nix::sys::signal::kill(listener, nix::sys::signal::Signal::SIGKILL)?;
+    let text = events.finish()?.text();
+    let seen: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains(&format!("\"{id}\"")))
+        .filter_map(|line| {
+            line.split_whitespace()
+                .find(|word| word.starts_with("/tasks/"))
+        })
+        .collect();
+    let wanted = [
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/exit",
+        "/tasks/delete",
+    ];
+    ensure!(seen == wanted, "{seen:?} in\n{text}");
+    Ok(())
 }
 
 fn ten_at_once(suite: &Context) -> Result<()> {

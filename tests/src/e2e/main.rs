@@ -26,6 +26,7 @@ mod oci;
 mod run;
 mod signals;
 mod terminal;
+mod vm;
 mod vmm;
 
 use context::Context as Suite;
@@ -56,7 +57,7 @@ pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Tes
 }
 
 /// The suites. Those marked alone count what the whole host holds, so nothing runs beside them.
-const SUITES: [(&str, bool, &[Test]); 11] = [
+const SUITES: [(&str, bool, &[Test]); 12] = [
     ("run", false, run::TESTS),
     ("io", false, io::TESTS),
     ("terminal", false, terminal::TESTS),
@@ -65,6 +66,7 @@ const SUITES: [(&str, bool, &[Test]); 11] = [
     ("limits", false, limits::TESTS),
     ("isolation", false, isolation::TESTS),
     ("oci", false, oci::TESTS),
+    ("vm", false, vm::TESTS),
     ("vmm", false, vmm::TESTS),
     ("lifecycle", true, lifecycle::TESTS),
     ("faults", true, faults::TESTS),
