@@ -75,6 +75,15 @@ fn apply_one(cgroup: &Path, write: &Write) -> Result<(), LaunchError> {
         match fs::write(cgroup.join(&write.file), line) {
             Ok(()) => {}
             Err(_) if write.tolerate == Tolerate::Anything => {}
+            // Specs name the host's devices. What reaches those is limited there, by the pod's own cgroup.
+            Err(error)
+                if write.file.starts_with("io.") && error.raw_os_error() == Some(libc::ENODEV) =>
+            {
+                tracing::warn!(
+                    "{} {line:?} is not applied: the guest has no such device",
+                    write.file
+                );
+            }
             // Creating a file is what cgroupfs forbids.
             Err(error)
                 if matches!(
@@ -170,15 +179,16 @@ fn plan(resources: &LinuxResources, current: &Current) -> Result<Vec<Write>, Lau
                 limit.page_size()
             )));
         }
-        let file = format!("hugetlb.{}.max", limit.page_size());
-        writes.push(write(file, or_max(limit.limit())));
-        writes.push(Write {
-            tolerate: Tolerate::Missing,
-            ..write(
-                format!("hugetlb.{}.rsvd.max", limit.page_size()),
-                or_max(limit.limit()),
-            )
-        });
+        // Callers list every page size of the host. One that the guest lacks cannot be used either.
+        for file in ["max", "rsvd.max"] {
+            writes.push(Write {
+                tolerate: Tolerate::Missing,
+                ..write(
+                    format!("hugetlb.{}.{file}", limit.page_size()),
+                    or_max(limit.limit()),
+                )
+            });
+        }
     }
     let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
     unified.sort();
@@ -451,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_lacks_is_an_error_where_it_limits() {
+    fn limits_are_written() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("pids.max"), "").unwrap();
         let resources = |value| serde_json::from_value::<LinuxResources>(value).unwrap();

@@ -190,6 +190,63 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_usual_spec_is_known_throughout() {
+        let given = json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": "/r", "readonly": true},
+            "hostname": "h", "domainname": "d", "annotations": {"a.b/c": "d"},
+            "process": {
+                "terminal": true, "consoleSize": {"height": 1, "width": 2},
+                "user": {"uid": 0, "gid": 0, "umask": 18, "additionalGids": [1]},
+                "args": ["sh"], "env": ["A=b"], "cwd": "/", "noNewPrivileges": true, "oomScoreAdj": 1,
+                "capabilities": {"bounding": ["CAP_KILL"], "ambient": ["CAP_KILL"]},
+                "rlimits": [{"type": "RLIMIT_CPU", "hard": 1, "soft": 1}],
+                "apparmorProfile": "p", "selinuxLabel": "l",
+                "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 1},
+                "scheduler": {"policy": "SCHED_FIFO", "priority": 1, "flags": ["SCHED_RESET_ON_FORK"]},
+                "execCPUAffinity": {"initial": "0", "final": "1"},
+            },
+            "mounts": [{"destination": "/d", "type": "t", "source": "s", "options": ["o"]}],
+            "hooks": {"createRuntime": [{"path": "/h", "args": ["h"], "env": ["A=b"], "timeout": 1}]},
+            "linux": {
+                "uidMappings": [{"containerID": 0, "hostID": 1, "size": 2}], "sysctl": {"net.a": "1"},
+                "cgroupsPath": "/p", "namespaces": [{"type": "network", "path": "/n"}],
+                "devices": [{"path": "/dev/x", "type": "c", "major": 1, "minor": 2, "fileMode": 3, "uid": 4, "gid": 5}],
+                "rootfsPropagation": "slave", "maskedPaths": ["/m"], "readonlyPaths": ["/r"], "mountLabel": "l",
+                "personality": {"domain": "LINUX"}, "timeOffsets": {"boottime": {"secs": 1, "nanosecs": 2}},
+                "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "architectures": ["SCMP_ARCH_X86"],
+                    "flags": ["SECCOMP_FILTER_FLAG_LOG"], "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW",
+                    "errnoRet": 1, "args": [{"index": 0, "value": 1, "valueTwo": 2, "op": "SCMP_CMP_EQ"}]}]},
+                "resources": {
+                    "devices": [{"allow": true, "type": "c", "major": 1, "minor": 2, "access": "r"}],
+                    "memory": {"limit": 1, "reservation": 2, "swap": 3, "kernelTCP": 4, "checkBeforeUpdate": true},
+                    "cpu": {"shares": 1, "quota": 2, "period": 3, "burst": 4, "idle": 0, "cpus": "0", "mems": "0"},
+                    "pids": {"limit": 1}, "hugepageLimits": [{"pageSize": "2MB", "limit": 1}],
+                    "blockIO": {"weight": 10, "weightDevice": [{"major": 1, "minor": 2, "weight": 3}],
+                        "throttleReadBpsDevice": [{"major": 1, "minor": 2, "rate": 3}],
+                        "throttleWriteIOPSDevice": [{"major": 1, "minor": 2, "rate": 3}]},
+                    "network": {"classID": 1}, "rdma": {"r": {"hcaHandles": 1}}, "unified": {"a.b": "c"},
+                },
+            },
+        });
+        let spec: Spec = serde_json::from_value(given.clone()).unwrap();
+        let known = serde_json::to_value(spec).unwrap();
+        assert_eq!(missing(&given, &known, String::new()), [""; 0]);
+        report_spec(&serde_json::from_value(given).unwrap());
+        let reported = REPORTED.lock().unwrap();
+        for field in [
+            "process.apparmorProfile",
+            "process.selinuxLabel",
+            "linux.mountLabel",
+            "linux.resources.memory.kernelTCP",
+            "linux.resources.network",
+            "linux.resources.rdma",
+        ] {
+            assert!(reported.contains(field), "{field}");
+        }
+    }
+
+    #[test]
     fn unknown_fields_are_named_and_reported_once() {
         let given = json!({"a": 1, "b": {"c": 2, "d": {}}, "e": [{"f": 1}], "g": ""});
         let known = json!({"a": 1, "b": {}, "e": [{}]});
