@@ -175,9 +175,10 @@ impl Vmm {
             let dir = task?.path();
             if fs::read_to_string(dir.join("comm"))?.starts_with("vcpu") {
                 let stat = fs::read_to_string(dir.join("stat"))?;
-                // utime and stime are fields 14 and 15; field 2, the name, has no space.
-                let fields: Vec<_> = stat.split(' ').collect();
-                ticks += fields[13].parse::<u64>()? + fields[14].parse::<u64>()?;
+                // guest_time is field 43; field 2, the name, has no space. What the thread itself takes, on its way to
+                // sleep for example, does not count.
+                let guest_time = stat.split(' ').nth(42).context("no guest time")?;
+                ticks += guest_time.parse::<u64>()?;
             }
         }
         Ok(ticks)
