@@ -8,6 +8,9 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+/// The longest sentence, in bytes: with every character escaped it still fits a message.
+const MAX_MESSAGE: usize = 8 << 10;
+
 /// A launch that failed. `Display` is the sentence for the user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum LaunchError {
@@ -37,6 +40,20 @@ impl LaunchError {
     /// An [`LaunchError::Internal`] with this sentence.
     pub(crate) fn internal(message: impl Into<String>) -> Self {
         Self::Internal(message.into())
+    }
+
+    /// Short enough for one message to the agent. Only names that are no names are that long.
+    pub(crate) fn shortened(mut self) -> Self {
+        let (Self::InvalidSpec(text)
+        | Self::NotFound(text)
+        | Self::PermissionDenied(text)
+        | Self::NotRunning(text)
+        | Self::Internal(text)) = &mut self;
+        if text.len() > MAX_MESSAGE {
+            *text = text.chars().take(MAX_MESSAGE / 4).collect();
+            text.push('…');
+        }
+        self
     }
 
     /// The exit code of an init process that ends with this error.
@@ -113,6 +130,14 @@ impl<T, E: OsError> Step<T> for Result<T, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sentences_fit_a_message() {
+        let long = LaunchError::invalid("\u{1}".repeat(100_000)).shortened();
+        assert!(serde_json::to_vec(&long).unwrap().len() < 60_000);
+        let short = LaunchError::invalid("short");
+        assert_eq!(short.clone().shortened(), short);
+    }
 
     #[test]
     fn errno_reads_as_go_prints_it() {

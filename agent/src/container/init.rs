@@ -35,7 +35,7 @@ pub fn init_main() -> ! {
             Err(error) => {
                 let code = error.exit_code();
                 // The agent may be gone; then nobody wants to know.
-                let _ = channel.send(&FromInit::Failed(error));
+                let _ = channel.send(&FromInit::Failed(error.shortened()));
                 code
             }
         },
@@ -218,6 +218,10 @@ fn fork(namespaces: i32) -> Result<Forked, LaunchError> {
     sys::fork_into(namespaces).map_err(|error| match error.raw_os_error() {
         Some(libc::ESRCH | libc::ENOMEM) => LaunchError::NotRunning(format!(
             "cannot start a process in the container's pid namespace: its init has ended ({})",
+            error.text()
+        )),
+        Some(libc::EAGAIN) => LaunchError::internal(format!(
+            "starting a process in the container: {} (pids limit reached?)",
             error.text()
         )),
         _ => LaunchError::internal(format!(

@@ -58,8 +58,6 @@ pub(crate) struct JobFollows;
 /// What `container-init` tells the agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum FromInit {
-    /// A line for the agent's log.
-    Log(String),
     /// The pid of the process that will run the user's program, as the agent sees it.
     Pid(i32),
     /// The container's namespaces and mounts exist: run the createRuntime hooks and answer `Continue`.

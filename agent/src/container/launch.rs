@@ -69,7 +69,6 @@ impl StartGate {
             match self.channel.receive().await? {
                 Some((FromInit::Executing, _)) => executing = true,
                 Some((FromInit::Failed(error), _)) => return Err(error),
-                Some((FromInit::Log(line), _)) => tracing::warn!("container-init: {line}"),
                 Some((other, _)) => return Err(unexpected(&other)),
                 // The socket is close-on-exec.
                 None if executing => break,
@@ -167,7 +166,6 @@ pub(super) async fn launch<const N: usize>(
             return Err(ended("during set-up"));
         };
         match (message, pid) {
-            (FromInit::Log(line), _) => tracing::warn!("container-init: {line}"),
             (FromInit::Pid(child), _) => pid = Some(child),
             (FromInit::Console, _) => console = received.into_iter().next(),
             (FromInit::RunHooks, Some(pid)) => {

@@ -184,7 +184,11 @@ impl Container {
     /// The limit that could not be set. Those before it are set.
     pub async fn update(&self, resources_json: &[u8]) -> Result<(), LaunchError> {
         let resources = spec::parse_resources(resources_json)?;
-        self.state.cgroup.update(&resources)
+        let state = Arc::clone(&self.state);
+        // A lower memory limit makes the kernel reclaim before the write returns.
+        tokio::task::spawn_blocking(move || state.cgroup.update(&resources))
+            .await
+            .map_err(|error| LaunchError::internal(format!("updating the limits: {error}")))?
     }
 
     /// Undoes the set-up: kills what still runs, runs the poststop hooks, removes the cgroup. The mounts went

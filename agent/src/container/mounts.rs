@@ -21,7 +21,7 @@ use rustix::mount::{
 use super::copy_up;
 use super::error::{LaunchError, OsError, Step};
 use super::mount_options::{Bind, MountOptions, attr};
-use super::paths::{self, Missing, is_directory, resolve};
+use super::paths::{Missing, is_directory, resolve};
 use super::sys::{MountAttributes, mount_setattr};
 
 /// f_type of procfs.
@@ -52,10 +52,10 @@ pub(crate) struct Source {
 impl Source {
     /// Clones the tree at a path of the guest.
     pub(crate) fn open(path: &Path, bind: Bind) -> Result<Self, Errno> {
-        let found = paths::open_guest(path)?;
+        let tree = clone_path(path, bind)?;
         Ok(Self {
-            directory: is_directory(&found)?,
-            tree: clone_tree(&found, bind)?,
+            directory: is_directory(&tree)?,
+            tree,
         })
     }
 }
@@ -66,15 +66,23 @@ impl AsFd for Source {
     }
 }
 
+/// Clones the tree at a path of the guest, detached. By its path and not by an O_PATH descriptor: that one would not
+/// trigger the mount of a virtio-fs submount.
+pub(crate) fn clone_path(path: &Path, bind: Bind) -> Result<OwnedFd, Errno> {
+    open_tree(CWD, path, clone_flags(bind))
+}
+
 /// Clones the mount at an open path of this mount namespace, detached.
 pub(crate) fn clone_tree(at: impl AsFd, bind: Bind) -> Result<OwnedFd, Errno> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    if bind == Bind::Recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
+    open_tree(at, "", clone_flags(bind) | OpenTreeFlags::AT_EMPTY_PATH)
+}
+
+fn clone_flags(bind: Bind) -> OpenTreeFlags {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    match bind {
+        Bind::Single => flags,
+        Bind::Recursive => flags | OpenTreeFlags::AT_RECURSIVE,
     }
-    open_tree(at, "", flags)
 }
 
 /// Moves a detached mount onto an opened mount point.

@@ -17,7 +17,8 @@ use super::devices;
 use super::error::{LaunchError, OsError, Step};
 use super::mount_options::{Bind, Propagation};
 use super::mounts::{
-    Prepared, Source, attach, clone_tree, make_read_only, new_file_system, set_root_propagation,
+    Prepared, Source, attach, clone_path, clone_tree, make_read_only, new_file_system,
+    set_root_propagation,
 };
 use super::paths::{self, Missing, is_directory, resolve};
 
@@ -47,16 +48,14 @@ impl<'a> Prepare<'a> {
             .as_ref()
             .map(|root| root.path().clone())
             .unwrap_or_default();
-        let found = paths::open_guest(&path)
+        let tree = clone_path(&path, Bind::Recursive)
             .spec_step(|| format!("invalid rootfs: stat {}", path.display()))?;
-        if !is_directory(&found).step(|| "stat of the rootfs".to_owned())? {
+        if !is_directory(&tree).step(|| "stat of the rootfs".to_owned())? {
             return Err(LaunchError::invalid(format!(
                 "invalid rootfs: {} is not a directory",
                 path.display()
             )));
         }
-        let tree = clone_tree(&found, Bind::Recursive)
-            .step(|| format!("cloning the rootfs {}", path.display()))?;
         let mount_point = if user_namespace {
             let mount_point = PathBuf::from(USER_NAMESPACE_MOUNT_POINT);
             std::fs::create_dir_all(&mount_point)

@@ -7,7 +7,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::{Bundle, cgroup_root, destroy, exec_sh};
+use crate::support::{Bundle, cgroup_root, destroy, exec, exec_sh};
 
 /// Whether the controllers are v2's.
 fn here(controllers: &[&str]) -> bool {
@@ -110,4 +110,26 @@ async fn out_of_memory() {
         error.to_string(),
         "container init was OOM-killed (memory limit too low?)"
     );
+}
+
+#[tokio::test]
+async fn a_container_full_of_processes_can_still_be_killed() {
+    if !here(&["pids"]) {
+        return;
+    }
+    let (container, pid, mut streams) = limited(
+        "f() { f | f & }; f; echo bomb; sleep 1000",
+        json!({"pids": {"limit": 30}}),
+    )
+    .create()
+    .await
+    .unwrap()
+    .start()
+    .await;
+    assert_eq!(streams.line(), "bomb");
+    // As often as not there is no room for one more.
+    if let Err(error) = exec(&container, json!({"args": ["true"]})).await {
+        assert!(error.to_string().contains("pids limit"), "{error}");
+    }
+    destroy(container, pid).await;
 }

@@ -350,6 +350,35 @@ async fn a_terminal_is_the_containers_own() {
 }
 
 #[tokio::test]
+async fn exec_with_a_terminal() {
+    let (container, pid, _streams) = Bundle::sh("sleep 1000")
+        .create()
+        .await
+        .unwrap()
+        .start()
+        .await;
+    let process = json!({"args": ["sh", "-c", "tty; stty size; exit 9"], "terminal": true,
+        "consoleSize": {"height": 20, "width": 80}, "user": {"uid": 1000, "gid": 1000}});
+    let launched = container
+        .exec(process.to_string().as_bytes(), Io::Terminal)
+        .await
+        .unwrap();
+    let mut master = fs::File::from(launched.console.unwrap());
+    let terminal_pid = launched.pid;
+    launched.gate.release().await.unwrap();
+    let ended = tokio::task::spawn_blocking(move || {
+        let mut text = String::new();
+        // A hung-up terminal reads as an error.
+        let _ = std::io::Read::read_to_string(&mut master, &mut text);
+        (text, wait(terminal_pid))
+    })
+    .await
+    .unwrap();
+    assert_eq!(ended, ("/dev/pts/0\r\n20 80\r\n".to_owned(), 9));
+    destroy(container, pid).await;
+}
+
+#[tokio::test]
 async fn hooks_run_where_they_belong() {
     let bundle = Bundle::sh("cat /tmp/start; sleep 1000");
     let out = bundle.directory.path().join("log");
