@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{Test, context::Context, husk_test};
 
 pub const TESTS: &[Test] = &[
-    husk_test("one_to_32_vcpus", vcpus),
-    husk_test("memory_from_64_mib_to_beyond_the_32_bit_gap", memory),
+    husk_test("vcpus", vcpus),
+    husk_test("memory_below_and_beyond_the_32_bit_gap", memory),
     husk_test("limits_size_the_vm", limits_size_the_vm),
 ];
 
@@ -26,8 +26,9 @@ fn guest(suite: &Context, config: &str, flags: &[&str]) -> Result<(u64, u64)> {
 }
 
 fn vcpus(suite: &Context) -> Result<()> {
-    for wanted in [1, 2, 32] {
-        let config = format!("max_vcpus = 32\ndefault_vcpus = {wanted}\n");
+    // husk-vmm's own suite goes to 32.
+    for wanted in [1, 3] {
+        let config = format!("max_vcpus = 4\ndefault_vcpus = {wanted}\n");
         let (cpus, _) = guest(suite, &config, &[])?;
         ensure!(cpus == wanted, "{cpus} vCPUs, not {wanted}");
     }
@@ -35,7 +36,7 @@ fn vcpus(suite: &Context) -> Result<()> {
 }
 
 fn memory(suite: &Context) -> Result<()> {
-    for wanted in [64, 333, 4400] {
+    for wanted in [128, 4400] {
         let config = format!("max_memory_mib = 8192\ndefault_memory_mib = {wanted}\n");
         let (_, mib) = guest(suite, &config, &[])?;
         // The kernel keeps its own image and its page structs (1/64) for itself.
