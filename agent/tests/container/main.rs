@@ -14,4 +14,5 @@ mod filesystem;
 mod limits;
 mod namespaces;
 mod process;
+mod seccomp;
 mod support;

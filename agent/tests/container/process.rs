@@ -193,45 +193,6 @@ async fn working_directory_and_environment() {
 }
 
 #[tokio::test]
-async fn seccomp_with_and_without_new_privileges() {
-    for no_new_privileges in [true, false] {
-        let output = Bundle::sh("grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status | tr -d '\\t'; mount -t tmpfs t /tmp; unshare -U true")
-            .with("/process/noNewPrivileges", json!(no_new_privileges))
-            .with("/process/capabilities/effective", json!(["CAP_SYS_ADMIN"]))
-            .with("/process/capabilities/permitted", json!(["CAP_SYS_ADMIN"]))
-            .with("/process/capabilities/bounding", json!(["CAP_SYS_ADMIN"]))
-            .run()
-            .await;
-        let flag = i32::from(no_new_privileges);
-        assert_eq!(
-            output.stdout,
-            format!("NoNewPrivs:{flag}\nSeccomp:2\n"),
-            "{output:?}"
-        );
-        // CAP_SYS_ADMIN would allow both: it is the filter that does not.
-        assert!(
-            output.stderr.contains("mount") && output.stderr.contains("unshare"),
-            "{output:?}"
-        );
-        assert!(output.stderr.contains("not permitted"), "{output:?}");
-    }
-    let killed = Bundle::sh("mkdir /x; echo alive")
-        .with(
-            "/linux/seccomp",
-            json!({"defaultAction": "SCMP_ACT_ALLOW",
-                   "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_KILL_PROCESS"}]}),
-        )
-        .run()
-        .await;
-    assert_eq!(killed.stdout, "alive\n", "{killed:?}");
-    let off = Bundle::sh("grep ^Seccomp: /proc/self/status")
-        .with("/linux/seccomp", json!(null))
-        .run()
-        .await;
-    assert_eq!(off.stdout, "Seccomp:\t0\n");
-}
-
-#[tokio::test]
 async fn exec_joins_everything() {
     let bundle = Bundle::sh("hostname; sleep 1000").with("/hostname", json!("inside"));
     let (container, pid, mut streams) = bundle.create().await.unwrap().start().await;
