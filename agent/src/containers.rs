@@ -4,8 +4,8 @@
 //! other. What takes time and must not stop half-way (its caller may give up at any await) runs as a task of
 //! its own; see `service`.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protocol::agent::Stdio;
@@ -16,15 +16,12 @@ use crate::container::Io;
 use crate::dial::Host;
 use crate::error::AgentError;
 use crate::events::OomWatch;
+use crate::execs::{ExecReservation, Execs, lock};
 use crate::launch::{Plan, Wiring};
 use crate::process::{Ended, Phase, Process, Step, WrongState};
 use crate::reaper::{ExitWatch, Launch, Reaper, signal_unwatched};
 use crate::runtime::{Gate, Handle, Launched, Runtime};
 use crate::stream::Outputs;
-
-/// Ended execs of a container that can still be waited for: the shim asks while they run, and a container with
-/// probes execs for years.
-const ENDED_EXECS_KEPT: usize = 256;
 
 /// How long a killed process may take to go: one stuck in the kernel never does.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
@@ -53,18 +50,6 @@ struct Entry<H: Handle> {
     gate: Mutex<Option<H::Gate>>,
     execs: Mutex<Execs>,
     deletion: OnceCell<()>,
-}
-
-#[derive(Default)]
-struct Execs {
-    by_id: HashMap<String, Exec>,
-    /// Oldest first.
-    ended: VecDeque<String>,
-}
-
-enum Exec {
-    Launching,
-    Process(Arc<Process>),
 }
 
 /// A process that has been made and wired.
@@ -167,7 +152,7 @@ impl<R: Runtime> Containers<R> {
         let plan = Plan::new(stdio)?;
         let entry = self.entry(id)?;
         entry.init.step(Step::Exec)?;
-        let reservation = ExecReservation::take(&entry, exec_id)?;
+        let reservation = ExecReservation::take(&entry.execs, exec_id)?;
         let (io, wiring) = plan.open(&*self.host).await?;
         let made = self
             .make_exec(&entry, process_json, io, wiring)
@@ -400,13 +385,12 @@ impl<R: Runtime> Containers<R> {
         if exec_id.is_empty() {
             return Ok(Arc::clone(&entry.init));
         }
-        match lock(&entry.execs).by_id.get(exec_id) {
-            Some(Exec::Process(process)) => Ok(Arc::clone(process)),
-            _ => Err(AgentError::NoProcess {
+        lock(&entry.execs)
+            .get(exec_id)
+            .ok_or_else(|| AgentError::NoProcess {
                 container: id.to_owned(),
                 exec: exec_id.to_owned(),
-            }),
-        }
+            })
     }
 }
 
@@ -451,30 +435,6 @@ impl<H: Handle> Entry<H> {
     }
 }
 
-impl Execs {
-    fn running(&self) -> HashMap<i32, String> {
-        self.by_id
-            .iter()
-            .filter_map(|(id, exec)| match exec {
-                Exec::Process(process) if process.phase() != Phase::Exited => {
-                    Some((process.pid(), id.clone()))
-                }
-                _ => None,
-            })
-            .collect()
-    }
-
-    fn has_ended(&mut self, id: String) {
-        self.ended.push_back(id);
-        if self.ended.len() > ENDED_EXECS_KEPT
-            && let Some(oldest) = self.ended.pop_front()
-            && matches!(self.by_id.get(&oldest), Some(Exec::Process(process)) if process.has_ended())
-        {
-            self.by_id.remove(&oldest);
-        }
-    }
-}
-
 /// Holds an id while its container is made, and frees it again where that fails.
 struct SlotReservation<'a, R: Runtime> {
     containers: &'a Containers<R>,
@@ -507,48 +467,4 @@ impl<R: Runtime> Drop for SlotReservation<'_, R> {
             slots.remove(self.id);
         }
     }
-}
-
-/// The same for an exec. The id of one that has ended may be used again.
-struct ExecReservation<'a, H: Handle> {
-    entry: &'a Entry<H>,
-    exec_id: &'a str,
-}
-
-impl<'a, H: Handle> ExecReservation<'a, H> {
-    fn take(entry: &'a Entry<H>, exec_id: &'a str) -> Result<Self, AgentError> {
-        if exec_id.is_empty() {
-            return Err(AgentError::Invalid("an exec needs an id of its own".into()));
-        }
-        let mut execs = lock(&entry.execs);
-        match execs.by_id.get(exec_id) {
-            None => {}
-            Some(Exec::Process(process)) if process.has_ended() => {
-                execs.ended.retain(|id| id != exec_id);
-            }
-            Some(_) => return Err(AgentError::Exists("exec", exec_id.to_owned())),
-        }
-        execs.by_id.insert(exec_id.to_owned(), Exec::Launching);
-        drop(execs);
-        Ok(Self { entry, exec_id })
-    }
-
-    fn fill(self, process: Arc<Process>) {
-        lock(&self.entry.execs)
-            .by_id
-            .insert(self.exec_id.to_owned(), Exec::Process(process));
-    }
-}
-
-impl<H: Handle> Drop for ExecReservation<'_, H> {
-    fn drop(&mut self) {
-        let mut execs = lock(&self.entry.execs);
-        if matches!(execs.by_id.get(self.exec_id), Some(Exec::Launching)) {
-            execs.by_id.remove(self.exec_id);
-        }
-    }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

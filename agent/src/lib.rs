@@ -14,6 +14,7 @@ pub mod containers;
 pub mod dial;
 pub mod error;
 pub mod events;
+mod execs;
 pub mod launch;
 pub mod log;
 pub mod loopback;
