@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use husk_protocol::agent::{CreateSandboxRequest, CreateSandboxResponse, Share};
@@ -28,6 +29,10 @@ const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
 
 /// Longest host name (`__NEW_UTS_LEN`).
 const HOSTNAME_MAX: usize = 64;
+
+/// How far a share is read ahead, in KiB: one virtio-fs request of the largest size. With Linux's own 128 the
+/// round trips are most of a sequential read's time: a quarter of the rate in the testbed.
+const SHARE_READ_AHEAD_KIB: u32 = 1024;
 
 /// When PID 1 came to where, in nanoseconds of guest monotonic time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,7 +210,21 @@ fn mount_share(share: &Share) -> io::Result<()> {
         flags,
         None::<&str>,
     )?;
+    // It only makes reading slower.
+    if let Err(error) = read_ahead(Path::new(&share.path)) {
+        tracing::warn!("reading ahead on the share {:?}: {error}", share.tag);
+    }
     Ok(())
+}
+
+/// Sets the read-ahead of the file system at `path`; a share's submounts have the same backing device.
+fn read_ahead(path: &Path) -> io::Result<()> {
+    let device = fs::metadata(path)?.dev();
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    fs::write(
+        format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"),
+        SHARE_READ_AHEAD_KIB.to_string(),
+    )
 }
 
 fn describe(milestones: Milestones) -> nix::Result<CreateSandboxResponse> {
