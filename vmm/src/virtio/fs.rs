@@ -10,11 +10,16 @@
 //! need not ask for `security.capability` before every write. Each mount below the share is announced and becomes a
 //! mount of its own in the guest, because inode numbers of different file systems collide.
 //!
+//! Not there, because virtiofsd has none: `O_TMPFILE` (programs fall back to a named file) and locks that reach the host
+//! (`flock` and POSIX locks hold within the pod).
+//!
 //! **Mounts that come and go.** The shim mounts and unmounts below the share while the guest runs. The server holds an
 //! `O_PATH` fd for each inode that the guest knows, and such an fd keeps a detached mount alive until the guest forgets the
-//! inode. The order that leaves nothing behind: the agent unmounts its bind mount *and* the announced submount, whereupon the
-//! guest forgets every inode below and the server closes the fds; then the shim unmounts with `MNT_DETACH`, which succeeds in any
-//! case and at the latest takes full effect when the VMM ends.
+//! inode. So the shim unmounts with `MNT_DETACH`, which succeeds in any case and takes full effect at the latest when the VMM ends.
+//! Where a pod outlives a container, the order that leaves nothing behind is: the agent unmounts its bind mount *and* the
+//! announced submount, whereupon the guest forgets all inodes below but the submount's root, which its parent's entry still
+//! names; the shim unmounts with `MNT_DETACH`; and the next time the guest looks the path up, a second or more later, it finds
+//! the entry stale and forgets that one too.
 
 mod memory;
 mod pool;

@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::RING_FEATURES;
 use super::worker::drain;
-use super::{Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
+use super::{Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice, may_log_about_guest};
 
 /// Size of a device's register window, in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -325,7 +325,7 @@ impl MmioTransport {
                 let unknown = self.driver_features & !self.offered();
                 if unknown == 0 && self.driver_features & (1 << VIRTIO_F_VERSION_1) != 0 {
                     self.phase = Phase::Features;
-                } else {
+                } else if may_log_about_guest() {
                     // FEATURES_OK stays clear; the driver sees that and gives up.
                     tracing::warn!(
                         device = self.device.device_id(),
@@ -346,11 +346,13 @@ impl MmioTransport {
             .activation()
             .and_then(|activation| self.device.activate(activation).map_err(StartError::Device));
         if let Err(error) = outcome {
-            tracing::error!(
-                device = self.device.device_id(),
-                error = &error as &dyn std::error::Error,
-                "the device did not start"
-            );
+            if may_log_about_guest() {
+                tracing::error!(
+                    device = self.device.device_id(),
+                    error = &error as &dyn std::error::Error,
+                    "the device did not start"
+                );
+            }
             self.interrupt.signal_failed();
         }
     }

@@ -16,6 +16,7 @@ pub mod vsock;
 pub mod worker;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -97,6 +98,19 @@ pub enum ActivateError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// Log lines that a guest can cause, in all. It may break things as often as it likes; it must not fill the host's disk with
+/// the news.
+static GUEST_LINES: AtomicU32 = AtomicU32::new(100);
+
+/// True if one more line about what the guest has done wrong may be logged.
+fn may_log_about_guest() -> bool {
+    GUEST_LINES
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+            left.checked_sub(1)
+        })
+        .is_ok()
 }
 
 /// Reads from `config`, a device's configuration space, as [`VirtioDevice::read_config`] does.

@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::QueueError;
-use super::{ActivateError, Interrupt};
+use super::{ActivateError, Interrupt, may_log_about_guest};
 
 /// Device threads call neither deep nor recursively; untouched stack costs nothing but address space.
 const STACK_SIZE: usize = 512 * 1024;
@@ -143,11 +143,13 @@ impl Worker {
                 .stack_size(STACK_SIZE)
                 .spawn(move || {
                     if let Err(fault) = run(&mut handler, &poll) {
-                        tracing::error!(
-                            device,
-                            error = &fault as &dyn std::error::Error,
-                            "device stopped"
-                        );
+                        if may_log_about_guest() {
+                            tracing::error!(
+                                device,
+                                error = &fault as &dyn std::error::Error,
+                                "device stopped"
+                            );
+                        }
                         interrupt.signal_failed();
                     }
                 })

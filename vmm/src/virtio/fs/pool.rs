@@ -15,7 +15,7 @@ use super::memory::{BUFFER_LEN, Scratch};
 use super::request::{self, FIXED_LEN, HEADER_LEN};
 use crate::virtio::queue::{Chain, DeviceQueue, Short};
 use crate::virtio::worker::{Fault, Handler, Poll, drain};
-use crate::virtio::{ActivateError, Activation};
+use crate::virtio::{ActivateError, Activation, may_log_about_guest};
 
 /// Threads of one device. An idle one costs about 20 KiB; more than a few requests at once only wait for the same disk.
 const THREADS: usize = 4;
@@ -196,7 +196,9 @@ impl Handler for FsThread {
             let written = shared
                 .answer(&mut self.scratch, &mut self.copy, &chain)
                 .unwrap_or_else(|error| {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "request dropped");
+                    if may_log_about_guest() {
+                        tracing::warn!(error = &error as &dyn std::error::Error, "request dropped");
+                    }
                     0
                 });
             queue = fs_queue.lock();

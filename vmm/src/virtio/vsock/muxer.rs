@@ -18,7 +18,7 @@ use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::state::{Event, State};
 use crate::virtio::queue::{Chain, DeviceQueue};
 use crate::virtio::worker::{Fault, Handler, Poll, drain};
-use crate::virtio::{ActivateError, Activation, GuestMemory};
+use crate::virtio::{ActivateError, Activation, GuestMemory, may_log_about_guest};
 
 /// Most connections at once; with their buffers full they take 256 MiB, which takes a hostile guest and readers on the host that
 /// have all stopped. Ordinarily their buffers are empty.
@@ -183,7 +183,9 @@ impl Muxer {
             self.insert(connection, poll)
         });
         if let Err(error) = opened {
-            tracing::warn!(port = key.host, %error, "vsock connection from the guest refused");
+            if may_log_about_guest() {
+                tracing::warn!(port = key.host, %error, "vsock connection from the guest refused");
+            }
             self.resets.push_back((key, TYPE_STREAM));
         }
     }
