@@ -20,6 +20,7 @@ use crate::config::{self, Config};
 use crate::group::Group;
 use crate::input::{self, Options};
 use crate::state::PodDir;
+use crate::timing::{self, Moment};
 use crate::{cleanup, delete, log, socket};
 
 /// Environment variable in which containerd gives its ttrpc address.
@@ -188,6 +189,7 @@ impl Daemon<'_> {
         if self.args.debug {
             command.arg("-debug");
         }
+        command.env(timing::STARTED, Moment::process_start().0.to_string());
         if let Some(address) = &options.ttrpc_address {
             command.env(TTRPC_ADDRESS, address);
         }

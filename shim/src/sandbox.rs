@@ -85,7 +85,7 @@ impl Sandbox {
         });
         sandbox
             .timeline
-            .mark_at(Point::ShimStarted, Moment::process_start());
+            .mark_at(Point::ShimStarted, Moment::shim_start());
         let starting = Arc::clone(&sandbox);
         let span = info_span!("sandbox", pod = sandbox.id);
         tokio::spawn(async move { starting.bring_up(driver).await }.instrument(span));
@@ -346,23 +346,30 @@ impl Sandbox {
     /// Takes the pod down: the guest may end what runs and write back what it holds, then the VM goes. Idempotent.
     pub async fn stop(&self) {
         let before = self.phase.watch().now();
-        self.phase.advance(Phase::Stopping);
-        if let Phase::Running(agent) = before {
-            let off = async {
-                if let Err(error) = agent.destroy_sandbox().await {
-                    debug!(%error, "the guest ended without an answer");
+        let is_first = self.phase.advance(Phase::Stopping);
+        let gone = async {
+            match before {
+                Phase::Running(agent) if is_first => {
+                    if let Err(error) = agent.destroy_sandbox().await {
+                        debug!(%error, "the guest ended without an answer");
+                    }
                 }
-                self.phase.watch().gone().await
-            };
-            if timeout(POWER_OFF, off).await.is_ok() {
-                return;
+                // Nobody to ask.
+                Phase::Starting if is_first => return,
+                // Somebody else is at it, or was.
+                _ => {}
             }
+            self.phase.watch().gone().await;
+        };
+        if timeout(POWER_OFF, gone).await.is_err() {
             warn!(
                 pod = self.id,
                 "the guest does not power itself off within {POWER_OFF:?}, ended by force"
             );
         }
-        self.kill("the pod was stopped").await;
+        if !matches!(self.phase.watch().now(), Phase::Gone { .. }) {
+            self.kill("the pod was stopped").await;
+        }
     }
 }
 

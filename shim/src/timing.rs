@@ -8,6 +8,9 @@ use std::sync::{Mutex, PoisonError};
 use serde_json::{Map, Value, json};
 use tracing::info;
 
+/// Environment variable with which `start` tells the serving shim when it began itself: nanoseconds of `CLOCK_MONOTONIC`.
+pub const STARTED: &str = "HUSK_SHIM_STARTED_NS";
+
 /// Nanoseconds of `CLOCK_MONOTONIC`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment(pub u64);
@@ -19,6 +22,12 @@ impl Moment {
         let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
         let nanos = u64::try_from(now.tv_nsec).unwrap_or(0);
         Self(seconds * 1_000_000_000 + nanos)
+    }
+
+    /// When containerd started the shim: `start` hands its own beginning over to the serving shim in [`STARTED`].
+    pub fn shim_start() -> Self {
+        let given = std::env::var(STARTED).ok().and_then(|ns| ns.parse().ok());
+        given.map_or_else(Self::process_start, Self)
     }
 
     /// When this process was made, to the kernel's clock tick (10 ms).
@@ -39,7 +48,7 @@ impl Moment {
 /// The points of a start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Point {
-    /// The shim process was made.
+    /// containerd started the shim.
     ShimStarted,
     /// The shim serves and asks for the VM.
     VmRequested,

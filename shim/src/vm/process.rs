@@ -8,7 +8,7 @@ use std::{
     io,
     os::fd::{AsFd as _, OwnedFd, RawFd},
     path::PathBuf,
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     sync::Arc,
     time::Duration,
 };
@@ -196,25 +196,30 @@ impl HuskVmm {
             // The process is over: what it has said is in the sockets, so these end by themselves.
             let closed = timeout(LAST_WORDS, process.control.closed()).await.ok();
             let _ = timeout(LAST_WORDS, console_task).await;
-            let status = status.map_or_else(|e| e.to_string(), |s| s.to_string());
-            let last_word = stderr_tail
-                .lines()
-                .pop()
-                .map(|line| format!(": {line}"))
-                .unwrap_or_default();
-            let process_end = format!("husk-vmm ended without a reason ({status}){last_word}");
+            let process_end = describe(&status, stderr_tail.lines().pop());
             let end = VmEnd::new(
                 closed.and_then(|c| c.exit),
                 process_end,
                 process.console.lines(),
             );
-            info!(pod, reason = end.reason, status, "VM ended");
+            info!(pod, reason = end.reason, ?status, "VM ended");
             for line in &end.console {
                 warn!(target: "guest", pod, "last console lines: {line}");
             }
             process.ended.send_replace(Some(Arc::new(end)));
         });
         Ok((machine, stderr_task))
+    }
+}
+
+/// How the process ended, for a VMM that could not say so itself. Where it gave up on its own, its last word is the reason.
+fn describe(status: &io::Result<ExitStatus>, last_word: Option<String>) -> String {
+    match (status, last_word) {
+        (Ok(status), Some(word)) if status.code().is_some_and(|code| code != 0) => {
+            format!("husk-vmm ended ({status}): {word}")
+        }
+        (Ok(status), _) => format!("husk-vmm ended ({status})"),
+        (Err(error), _) => format!("husk-vmm cannot be waited for: {error}"),
     }
 }
 

@@ -1,0 +1,87 @@
+//! What a container tells the world: its changes of state as containerd's events.
+
+use std::sync::PoisonError;
+
+use containerd_shim_protos::events::task as events;
+use tracing::info;
+
+use super::Container;
+use crate::lifecycle::{Announcement, Exit};
+
+impl Container {
+    pub(super) fn publish(&self, announcement: &Announcement) {
+        let (container_id, pid) = (self.id.clone(), self.sandbox.pid());
+        match announcement {
+            Announcement::ExecAdded { exec_id } => self.publisher.send(events::TaskExecAdded {
+                container_id,
+                exec_id: exec_id.clone(),
+                ..Default::default()
+            }),
+            Announcement::Started { exec_id } if exec_id.is_empty() => {
+                self.publisher.send(events::TaskStart {
+                    container_id,
+                    pid,
+                    ..Default::default()
+                })
+            }
+            Announcement::Started { exec_id } => self.publisher.send(events::TaskExecStarted {
+                container_id,
+                exec_id: exec_id.clone(),
+                pid,
+                ..Default::default()
+            }),
+            Announcement::Paused => self.publisher.send(events::TaskPaused {
+                container_id,
+                ..Default::default()
+            }),
+            Announcement::Resumed => self.publisher.send(events::TaskResumed {
+                container_id,
+                ..Default::default()
+            }),
+            Announcement::Exited { exec_id, exit } => {
+                info!(
+                    container = container_id,
+                    exec = exec_id,
+                    status = exit.status,
+                    "process ended"
+                );
+                self.publisher.send(events::TaskExit {
+                    id: if exec_id.is_empty() {
+                        container_id.clone()
+                    } else {
+                        exec_id.clone()
+                    },
+                    container_id,
+                    pid,
+                    exit_status: exit.status,
+                    exited_at: Some(exit.at.into()).into(),
+                    ..Default::default()
+                });
+            }
+        }
+    }
+
+    /// Announces that the kernel has killed for memory, unless that many kills have been announced already.
+    pub fn announce_oom(&self, kills: u64) {
+        let mut announced = self.ooms.lock().unwrap_or_else(PoisonError::into_inner);
+        if kills > *announced {
+            *announced = kills;
+            self.publisher.send(events::TaskOOM {
+                container_id: self.id.clone(),
+                ..Default::default()
+            });
+        }
+    }
+
+    /// Announces that the container has been deleted.
+    pub fn announce_delete(&self, exit: Exit) {
+        self.publisher.send(events::TaskDelete {
+            container_id: self.id.clone(),
+            id: self.id.clone(),
+            pid: self.sandbox.pid(),
+            exit_status: exit.status,
+            exited_at: Some(exit.at.into()).into(),
+            ..Default::default()
+        });
+    }
+}

@@ -1,0 +1,261 @@
+//! What the Task API asks of a container besides Create and Start.
+
+use std::time::Duration;
+
+use husk_protocol::agent::ContainerStatsResponse;
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use super::{Container, Process, SIGKILL};
+use crate::{
+    agent::Agent,
+    error::TaskError,
+    lifecycle::{Exit, Lifecycle, Stage},
+    phase::Phase,
+    spec,
+    stdio::StdioPaths,
+};
+
+/// How long a created container that is deleted may take to die.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+
+impl Container {
+    /// Kill.
+    ///
+    /// # Errors
+    /// NotFound when it is over, or the agent's reason.
+    pub async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), TaskError> {
+        let stage = self.life().stage(exec_id)?;
+        match stage {
+            Stage::Ending(_) | Stage::Exited(_) => {
+                return Err(TaskError::not_found("process already finished: not found"));
+            }
+            Stage::Created if !exec_id.is_empty() => {
+                return Err(TaskError::failed_precondition(
+                    "cannot signal an exec that was not started",
+                ));
+            }
+            Stage::Created | Stage::Starting { .. } | Stage::Running | Stage::Paused => {}
+        }
+        let agent = match self.sandbox.phase().now() {
+            Phase::Running(agent) => agent,
+            // Its exit is on its way.
+            Phase::Starting | Phase::Stopping | Phase::Gone { .. } => {
+                return Err(TaskError::not_found(
+                    "process already finished: the VM has ended",
+                ));
+            }
+        };
+        match agent.signal(&self.id, exec_id, signal, all).await {
+            Err(error)
+                if error.code() == ttrpc::Code::DEADLINE_EXCEEDED
+                    && signal == SIGKILL
+                    && exec_id.is_empty() =>
+            {
+                warn!(
+                    container = self.id,
+                    "the guest does not answer a SIGKILL, its VM is ended"
+                );
+                self.sandbox
+                    .kill("the guest did not answer a SIGKILL")
+                    .await;
+                Ok(())
+            }
+            Err(_) if matches!(self.sandbox.phase().now(), Phase::Gone { .. }) => Err(
+                TaskError::not_found("process already finished: the VM has ended"),
+            ),
+            answer => answer,
+        }
+    }
+
+    /// Exec: adds a process, started by [`Self::start`].
+    ///
+    /// # Errors
+    /// AlreadyExists, FailedPrecondition, or InvalidArgument for a process that is no JSON.
+    pub fn add_exec(
+        &self,
+        exec_id: &str,
+        process_json: &[u8],
+        paths: StdioPaths,
+    ) -> Result<(), TaskError> {
+        let invalid = |e: serde_json::Error| {
+            TaskError::invalid_argument(format!("exec {exec_id:?}: invalid process: {e}"))
+        };
+        let mut process = spec::exec_process(process_json).map_err(invalid)?;
+        if let Some(process) = process.as_object_mut() {
+            process.insert("terminal".into(), paths.terminal.into());
+        }
+        let json = serde_json::to_vec(&process).map_err(invalid)?;
+        // Both under one lock: a start that follows at once finds the process.
+        let mut processes = self.processes();
+        self.change(|life| life.add_exec(exec_id))?;
+        processes.insert(
+            exec_id.to_owned(),
+            Process {
+                paths,
+                json,
+                streams: None,
+            },
+        );
+        Ok(())
+    }
+
+    /// Delete of an exec.
+    ///
+    /// # Errors
+    /// NotFound, or FailedPrecondition while it runs.
+    pub fn delete_exec(&self, exec_id: &str) -> Result<Exit, TaskError> {
+        let exit = self.change(|life| life.remove_exec(exec_id))?;
+        let process = self.processes().remove(exec_id);
+        if let Some((stdio, _)) = process.and_then(|p| p.streams) {
+            stdio.close();
+        }
+        Ok(exit)
+    }
+
+    /// Delete of the container, as far as the guest and the host's files go.
+    ///
+    /// # Errors
+    /// FailedPrecondition while it runs.
+    pub async fn delete(&self) -> Result<Exit, TaskError> {
+        let agent = match self.sandbox.phase().now() {
+            Phase::Running(agent) => Some(agent),
+            Phase::Starting | Phase::Stopping | Phase::Gone { .. } => None,
+        };
+        let stage = self.life().stage("")?;
+        let exit = match stage {
+            Stage::Exited(exit) => exit,
+            Stage::Created => self.kill_created(agent.as_ref()).await?,
+            Stage::Starting { .. } | Stage::Running | Stage::Paused | Stage::Ending(_) => {
+                return Err(TaskError::failed_precondition(
+                    "cannot delete a running container",
+                ));
+            }
+        };
+        if let Some(agent) = agent
+            && let Err(error) = agent.delete_container(&self.id).await
+        {
+            warn!(container = self.id, %error, "the guest did not delete the container");
+        }
+        let (share, id) = (self.sandbox.share().clone(), self.id.clone());
+        if let Err(error) = tokio::task::spawn_blocking(move || share.remove(&id)).await {
+            warn!(container = self.id, %error, "the container's files were not cleared away");
+        }
+        for process in self.processes().values() {
+            if let Some((stdio, _)) = &process.streams {
+                stdio.close();
+            }
+        }
+        Ok(exit)
+    }
+
+    /// A container that was never started: its waiting init is killed, so that everyone sees it end.
+    async fn kill_created(&self, agent: Option<&Agent>) -> Result<Exit, TaskError> {
+        let mut over = self.watch("")?;
+        if let Some(agent) = agent
+            && let Err(error) = agent.signal(&self.id, "", SIGKILL, true).await
+        {
+            debug!(container = self.id, %error, "the created container took no SIGKILL");
+        }
+        if timeout(KILL_GRACE, over.wait_for(Option::is_some))
+            .await
+            .is_err()
+        {
+            self.change(|life| life.ended("", Exit::killed()));
+        }
+        match self.life().stage("")? {
+            Stage::Exited(exit) => Ok(exit),
+            _ => Err(TaskError::failed_precondition(
+                "cannot delete a running container",
+            )),
+        }
+    }
+
+    /// Pause and Resume.
+    ///
+    /// # Errors
+    /// FailedPrecondition in the wrong state, or the agent's reason.
+    pub async fn freeze(&self, frozen: bool) -> Result<(), TaskError> {
+        let check = if frozen {
+            Lifecycle::check_pause
+        } else {
+            Lifecycle::check_resume
+        };
+        check(&self.life())?;
+        self.agent().await?.freeze(&self.id, frozen).await?;
+        self.change(if frozen {
+            Lifecycle::paused
+        } else {
+            Lifecycle::resumed
+        });
+        Ok(())
+    }
+
+    /// Update.
+    ///
+    /// # Errors
+    /// InvalidArgument for resources that are no JSON, or the agent's reason.
+    pub async fn update(&self, resources_json: &[u8]) -> Result<(), TaskError> {
+        let invalid =
+            |e: serde_json::Error| TaskError::invalid_argument(format!("invalid resources: {e}"));
+        let resources =
+            spec::update_resources(resources_json, self.sandbox.vcpus()).map_err(invalid)?;
+        let json = serde_json::to_vec(&resources).map_err(invalid)?;
+        self.check_alive()?;
+        self.agent().await?.update_container(&self.id, json).await
+    }
+
+    /// Stats.
+    ///
+    /// # Errors
+    /// FailedPrecondition when it is over, or the agent's reason.
+    pub async fn stats(&self) -> Result<ContainerStatsResponse, TaskError> {
+        self.check_alive()?;
+        self.agent().await?.stats(&self.id).await
+    }
+
+    /// ResizePty.
+    ///
+    /// # Errors
+    /// The agent's reason.
+    pub async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), TaskError> {
+        let stage = self.life().stage(exec_id)?;
+        match stage {
+            Stage::Ending(_) | Stage::Exited(_) => {
+                return Err(TaskError::not_found("process already finished: not found"));
+            }
+            Stage::Created if !exec_id.is_empty() => {
+                return Err(TaskError::failed_precondition(
+                    "cannot resize: the exec was not started",
+                ));
+            }
+            _ => {}
+        }
+        self.agent()
+            .await?
+            .resize(&self.id, exec_id, width, height)
+            .await
+    }
+
+    /// CloseIO of stdin.
+    ///
+    /// # Errors
+    /// NotFound for an unknown exec.
+    pub fn close_stdin(&self, exec_id: &str) -> Result<(), TaskError> {
+        self.life().stage(exec_id)?;
+        let stdio = self.stdio(exec_id);
+        if let Some(stdio) = stdio {
+            stdio.close_stdin();
+        }
+        Ok(())
+    }
+
+    fn check_alive(&self) -> Result<(), TaskError> {
+        match self.life().stage("")? {
+            Stage::Ending(_) | Stage::Exited(_) => {
+                Err(TaskError::failed_precondition("container not running"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
