@@ -1,10 +1,8 @@
 //! The cgroup as a whole: its processes, freezing, killing, removal.
 
-use std::fs;
-
 use serde_json::json;
 
-use crate::support::{Bundle, cgroup_root, destroy, exec_sh, wait};
+use crate::support::{Bundle, destroy, exec_sh, wait};
 
 #[tokio::test]
 async fn freeze_thaw_and_kill() {
@@ -81,30 +79,4 @@ async fn an_update_replaces_the_device_rules() {
     assert_eq!(exec_sh(&container, open).await.stdout, "");
     assert!(container.update(b"nonsense").await.is_err());
     destroy(container, pid).await;
-}
-
-#[tokio::test]
-async fn limits_of_controllers_that_are_here() {
-    let available = fs::read_to_string(cgroup_root().join("cgroup.controllers")).unwrap();
-    assert!(
-        available.contains("hugetlb"),
-        "this machine's cgroup v2 has not even hugetlb: {available}"
-    );
-    let resources = json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}]});
-    let (container, pid, _streams) = Bundle::sh("sleep 1000")
-        .with("/linux/resources", resources)
-        .create()
-        .await
-        .unwrap()
-        .start()
-        .await;
-    let read = |file: &str| fs::read_to_string(container.cgroup().path().join(file)).unwrap();
-    assert_eq!(read("hugetlb.2MB.max"), "4194304\n");
-    assert_eq!(read("hugetlb.2MB.rsvd.max"), "4194304\n");
-    destroy(container, pid).await;
-    let error = Bundle::sh("true")
-        .with("/linux/resources", json!({"unified": {"no.such": "1"}}))
-        .fail()
-        .await;
-    assert!(error.to_string().contains("no.such"), "{error}");
 }

@@ -133,3 +133,27 @@ async fn a_container_full_of_processes_can_still_be_killed() {
     }
     destroy(container, pid).await;
 }
+
+#[tokio::test]
+async fn huge_pages_and_controls_that_do_not_exist() {
+    if !here(&["hugetlb"]) {
+        return;
+    }
+    let resources = json!({"hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}]});
+    let (container, pid, _streams) = Bundle::sh("sleep 1000")
+        .with("/linux/resources", resources)
+        .create()
+        .await
+        .unwrap()
+        .start()
+        .await;
+    let read = |file: &str| fs::read_to_string(container.cgroup().path().join(file)).unwrap();
+    assert_eq!(read("hugetlb.2MB.max"), "4194304\n");
+    assert_eq!(read("hugetlb.2MB.rsvd.max"), "4194304\n");
+    destroy(container, pid).await;
+    let error = Bundle::sh("true")
+        .with("/linux/resources", json!({"unified": {"no.such": "1"}}))
+        .fail()
+        .await;
+    assert!(error.to_string().contains("no.such"), "{error}");
+}
