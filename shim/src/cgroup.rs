@@ -8,6 +8,12 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use rustix::fs::{XattrFlags, getxattr, setxattr};
+use tracing::debug;
+
+/// Extended attribute of a cgroup that husk made above a pod's own.
+const MARK: &str = "user.husk.made";
+
 /// The unified hierarchy.
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -48,13 +54,14 @@ impl PodCgroup {
         let Some(path) = Self::locate(Path::new(ROOT), cgroups_path) else {
             return Ok(None);
         };
-        fs::create_dir_all(&path)?;
+        make(Path::new(ROOT), &path)?;
         let cgroup = Self(path);
         match fs::write(cgroup.0.join("cgroup.procs"), pid.to_string()) {
             Ok(()) => Ok(Some(cgroup)),
             Err(error) => {
                 // Nobody is in it: it goes at once, or is not ours.
                 let _ = fs::remove_dir(&cgroup.0);
+                remove_parents(&cgroup.0);
                 Err(error)
             }
         }
@@ -63,6 +70,38 @@ impl PodCgroup {
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.0
+    }
+}
+
+/// Makes a cgroup and those above it that are missing. The latter are marked: nobody else will remove them.
+fn make(root: &Path, path: &Path) -> io::Result<()> {
+    let Some(parent) = path
+        .parent()
+        .filter(|parent| *parent != root && parent.starts_with(root))
+    else {
+        return fs::create_dir_all(path);
+    };
+    if !parent.exists() {
+        make(root, parent)?;
+        if let Err(error) = setxattr(parent, MARK, b"1", XattrFlags::empty()) {
+            debug!(%error, cgroup = %parent.display(), "a cgroup that cannot be marked as husk's will stay");
+        }
+    }
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the cgroups above this one that husk made for it or its like, up to the first that is somebody else's or still in use.
+pub fn remove_parents(path: &Path) {
+    for parent in path.ancestors().skip(1).take_while(|p| p.starts_with(ROOT)) {
+        let mut value = [0; 1];
+        let is_ours = getxattr(parent, MARK, &mut value).is_ok();
+        // The kernel refuses while a cgroup or a process is in it.
+        if !is_ours || fs::remove_dir(parent).is_err() {
+            return;
+        }
     }
 }
 
@@ -87,6 +126,17 @@ fn slice_path(slice: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_missing_directory_is_made() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("a/b/c");
+        make(root.path(), &path).unwrap();
+        make(root.path(), &path).unwrap();
+        assert!(path.is_dir());
+        make(root.path(), &root.path().join("top")).unwrap();
+        assert!(root.path().join("top").is_dir());
+    }
 
     #[test]
     fn paths_of_both_drivers() {

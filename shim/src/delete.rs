@@ -16,6 +16,7 @@ use ttrpc::asynchronous::transport::Socket;
 
 use crate::args::Args;
 use crate::bootstrap;
+use crate::cgroup;
 use crate::cleanup;
 use crate::config::Config;
 use crate::state::{PodDir, PodState, ProcessId};
@@ -118,6 +119,7 @@ pub fn clear_pod(pod: &PodDir) -> Vec<String> {
         .filter(|c| c.starts_with("/sys/fs/cgroup/"))
     {
         check(cleanup::remove_cgroup(cgroup, CGROUP_LIMIT));
+        cgroup::remove_parents(cgroup);
     }
     check(cleanup::unmount_below(pod.path()).map(drop));
     check(pod.remove());
