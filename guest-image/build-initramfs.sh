@@ -60,15 +60,18 @@ contents() {
     entry 'TRAILER!!!' 0
 }
 
-[ -f "$agent" ] || die "no agent at $agent; build it with: cargo build --profile agent -p husk-agent"
+[ -f "$agent" ] || die "no agent at $agent; build it with guest-image/build-agent.sh"
 headers=$(readelf -lW "$agent" 2>/dev/null) || die "$agent is not an ELF program"
 # There is no loader and no library in the guest: such an agent would die before its first instruction.
-case $headers in *INTERP*) die "$agent is dynamically linked; build it with -C target-feature=+crt-static" ;; esac
+case $headers in *INTERP*) die "$agent is dynamically linked; guest-image/build-agent.sh links it statically" ;; esac
 
 mkdir -p "$(dirname "$archive")"
 partial=$archive.$$
 trap 'rm -f "$partial"' EXIT
 contents >"$partial"
+# Whole pages: QEMU's microvm puts its ACPI tables behind the archive, in the page where it ends, and the guest
+# then hangs or not by the archive's length. Zeros after the trailer mean nothing.
+truncate -s %4096 "$partial"
 mv "$partial" "$archive"
 printf 'guest initramfs: %s bytes, agent %s bytes: %s\n' "$(stat -c %s "$archive")" "$(stat -c %s "$agent")" \
     "$(realpath --relative-to="$PWD" "$archive")"
