@@ -183,8 +183,19 @@ pub enum VmError {
         source: std::io::Error,
     },
     /// The VMM refused.
-    #[error("husk-vmm cannot start the VM: {0}")]
-    Refused(String),
+    #[error(
+        "husk-vmm cannot start the VM with kernel {} and initramfs {}: {reason}",
+        kernel.display(),
+        initramfs.display()
+    )]
+    Refused {
+        /// The VMM's own words.
+        reason: String,
+        /// The guest kernel.
+        kernel: PathBuf,
+        /// The initramfs.
+        initramfs: PathBuf,
+    },
     /// The VM ended before the agent had dialled.
     #[error("the VM ended during its start: {0}")]
     Ended(String),

@@ -72,6 +72,8 @@ struct Process {
     pidfd: OwnedFd,
     control: Arc<Control>,
     cache: CachePolicy,
+    kernel: PathBuf,
+    initramfs: PathBuf,
     console: Tail,
     ended: watch::Sender<Option<Arc<VmEnd>>>,
 }
@@ -163,6 +165,8 @@ impl HuskVmm {
             pidfd,
             control,
             cache: self.cache,
+            kernel: self.kernel.clone(),
+            initramfs: self.initramfs.clone(),
             console: Tail::default(),
             ended: watch::Sender::new(None),
         });
@@ -251,8 +255,14 @@ impl Machine for Process {
         };
         match self.control.call(Call::Launch(Box::new(config))).await {
             Ok(Answer::Launched(times)) => Ok(times),
-            Ok(other) => Err(VmError::Refused(format!("unexpected answer {other:?}"))),
-            Err(ControlError::Refused(reason)) => Err(VmError::Refused(reason)),
+            Ok(other) => Err(VmError::Other(format!(
+                "husk-vmm gave an unexpected answer: {other:?}"
+            ))),
+            Err(ControlError::Refused(reason)) => Err(VmError::Refused {
+                reason,
+                kernel: self.kernel.clone(),
+                initramfs: self.initramfs.clone(),
+            }),
             Err(ControlError::Closed) => {
                 let mut ended = self.ended();
                 let end = timeout(LAST_WORDS * 3, ended.wait_for(Option::is_some)).await;
