@@ -12,7 +12,7 @@ use husk_tests::{
 
 const SCRIPT: &str = "echo \"Hello from a container. My kernel is $(uname -r), \
     I see $(grep -c ^processor /proc/cpuinfo) CPU and $(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo) MiB of memory.\"; \
-    echo 'The processes I can see:'; ps -o pid,args";
+    echo 'The processes I can see:'; ps -o pid,comm";
 
 fn main() -> ExitCode {
     match run() {

@@ -14,6 +14,24 @@ use crate::{
     runtime::Runtime,
 };
 
+/// What containerd grants by default (its oci/spec.go).
+const CAPABILITIES: [&str; 14] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FSETID",
+    "FOWNER",
+    "MKNOD",
+    "NET_RAW",
+    "SETGID",
+    "SETUID",
+    "SETFCAP",
+    "SETPCAP",
+    "NET_BIND_SERVICE",
+    "SYS_CHROOT",
+    "KILL",
+    "AUDIT_WRITE",
+];
+
 /// Builds a spec and runs it.
 pub struct SpecRun<'a> {
     containerd: &'a Containerd,
@@ -39,6 +57,11 @@ impl<'a> SpecRun<'a> {
         spec["root"] = json!({ "path": rootfs, "readonly": false });
         spec["process"]["args"] = json!(command);
         spec["process"]["terminal"] = json!(false);
+        // `ctr oci spec` leaves these to the image.
+        spec["process"]["env"] = json!(["PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]);
+        let all: Vec<String> = CAPABILITIES.iter().map(|c| format!("CAP_{c}")).collect();
+        spec["process"]["capabilities"] =
+            json!({ "bounding": all, "permitted": all, "effective": all });
         Ok(Self {
             containerd,
             runtime,
