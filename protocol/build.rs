@@ -13,9 +13,7 @@ fn main() -> io::Result<()> {
             async_all: true,
             ..Default::default()
         })
-        .rust_protobuf_customize(
-            ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(false),
-        )
+        .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(false))
         .run()?;
     // `include!` of a whole file cannot carry inner attributes or inner docs: drop them.
     for name in ["agent.rs", "agent_ttrpc.rs"] {

@@ -69,6 +69,9 @@ mod tests {
 
     #[test]
     fn debug_does_not_print_the_secret() {
-        assert_eq!(format!("{:?}", Token::new([0xab; TOKEN_LEN])), "Token(abab…)");
+        assert_eq!(
+            format!("{:?}", Token::new([0xab; TOKEN_LEN])),
+            "Token(abab…)"
+        );
     }
 }

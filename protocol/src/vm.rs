@@ -213,7 +213,11 @@ impl VmConfig {
             return Err(BadConfig::Memory(self.memory_mib));
         }
         // The tag fills a 36-byte field of the device's configuration space (virtio 1.2, 5.11.4).
-        match self.shares.iter().find(|s| !(1..=36).contains(&s.tag.len())) {
+        match self
+            .shares
+            .iter()
+            .find(|s| !(1..=36).contains(&s.tag.len()))
+        {
             Some(share) => Err(BadConfig::Tag(share.tag.clone())),
             None => Ok(()),
         }
@@ -224,7 +228,9 @@ impl VmConfig {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadConfig {
     /// Shim and VMM do not fit together.
-    #[error("the shim speaks version {0} of the VMM configuration, this husk-vmm speaks {VERSION}: install both from one release")]
+    #[error(
+        "the shim speaks version {0} of the VMM configuration, this husk-vmm speaks {VERSION}: install both from one release"
+    )]
     Version(u32),
     /// vCPU count out of range.
     #[error("{0} vCPUs asked for: a VM has 1 to {MAX_VCPUS}")]

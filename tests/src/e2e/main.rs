@@ -57,7 +57,7 @@ pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Tes
 }
 
 /// The suites. Those marked alone count what the whole host holds, so nothing runs beside them.
-const SUITES: [(&str, bool, &[Test]); 12] = [
+const SUITES: [(&str, bool, &[Test]); 13] = [
     ("run", false, run::TESTS),
     ("io", false, io::TESTS),
     ("terminal", false, terminal::TESTS),
@@ -68,14 +68,15 @@ const SUITES: [(&str, bool, &[Test]); 12] = [
     ("oci", false, oci::TESTS),
     ("vm", false, vm::TESTS),
     ("vmm", false, vmm::TESTS),
-    ("lifecycle", true, lifecycle::TESTS),
+    ("lifecycle", false, lifecycle::TESTS),
+    ("host", true, lifecycle::ALONE),
     ("faults", true, faults::TESTS),
 ];
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // Two VMs at a time keep two cores busy.
-    arguments.test_threads.get_or_insert(2);
+    // Three VMs at a time keep two cores busy.
+    arguments.test_threads.get_or_insert(3);
     match run(&arguments) {
         Ok(code) => code,
         Err(error) => {
