@@ -176,7 +176,7 @@ fn thirty_cycles(suite: &Context) -> Result<()> {
 
 fn debian(suite: &Context) -> Result<()> {
     let id = suite.containerd.fresh_id("debian");
-    let script = "set -e; . /etc/os-release; echo $ID; dpkg -l gcc | tail -n 1; apt-cache policy gcc | head -n 1; \
+    let script = "set -e; export PATH=/usr/bin:/bin:/usr/sbin:/sbin; . /etc/os-release; echo $ID; dpkg -l gcc | tail -n 1; apt-cache policy gcc | head -n 1; \
         python3 -c 'import hashlib, json, threading; print(json.dumps({\"py\": sum(range(10))}))'; \
         cd /tmp; printf '#include <stdio.h>\\nint main(void){puts(\"compiled\");return 3;}\\n' > a.c; gcc -O1 -o a a.c; ./a || echo code $?";
     let mut command = suite.containerd.ctr();
@@ -185,7 +185,7 @@ fn debian(suite: &Context) -> Result<()> {
         "--rootfs",
         "/srv/debian-rootfs",
         &id,
-        "sh",
+        "/bin/sh",
         "-c",
         script,
     ]);
