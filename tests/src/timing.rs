@@ -9,8 +9,8 @@ pub type Phases = BTreeMap<String, f64>;
 
 /// The phases in the order in which they happen, with what each one covers.
 pub const PHASES: [(&str, &str); 5] = [
-    ("shim_start", "shim process to Create"),
-    ("vm_ready", "Create to vCPUs running"),
+    ("shim_start", "shim process to VM asked for"),
+    ("vm_ready", "VM asked for to vCPUs running"),
     ("kernel_to_agent", "kernel entry to agent connected"),
     ("agent_to_process", "agent connected to process running"),
     ("exit_to_reaped", "process exit to task deleted"),
