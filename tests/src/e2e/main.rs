@@ -67,7 +67,8 @@ const SUITES: [(&str, bool, &[Test]); 13] = [
     ("isolation", false, isolation::TESTS),
     ("oci", false, oci::TESTS),
     ("vm", false, vm::TESTS),
-    ("vmm", false, vmm::TESTS),
+    // 32 vCPUs want the machine for themselves.
+    ("vmm", true, vmm::TESTS),
     ("lifecycle", false, lifecycle::TESTS),
     ("host", true, lifecycle::ALONE),
     ("faults", true, faults::TESTS),
