@@ -253,6 +253,12 @@ impl Containerd {
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 
+    /// What came into the log after a moment at which [`Containerd::log`] had this length.
+    pub fn log_since(&self, length: usize) -> String {
+        let mut log = self.log();
+        log.split_off(length.min(log.len()))
+    }
+
     /// The whole log.
     pub fn log(&self) -> String {
         fs::read(self.log_path())

@@ -69,6 +69,21 @@ impl<'a> SpecRun<'a> {
         })
     }
 
+    /// Gives it a cgroup namespace and, read-only at `/sys/fs/cgroup`, its own cgroup's files.
+    pub fn see_own_cgroup(&mut self) {
+        let linux = &mut self.spec["linux"];
+        if let Some(list) = linux["namespaces"].as_array_mut()
+            && !list.iter().any(|n| n["type"] == "cgroup")
+        {
+            list.push(json!({ "type": "cgroup" }));
+        }
+        if let Some(mounts) = self.spec["mounts"].as_array_mut() {
+            mounts.push(json!({
+                "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid"],
+            }));
+        }
+    }
+
     /// Where the spec of `id` is written.
     fn path(&self, id: &str) -> PathBuf {
         self.containerd.dir().join(format!("{id}.json"))

@@ -200,7 +200,9 @@ pub enum VmError {
     #[error("the VM ended during its start: {0}")]
     Ended(String),
     /// The agent did not dial in time.
-    #[error("the guest's agent did not report within {limit:?}; {console}")]
+    #[error(
+        "the guest's agent did not report within {limit:?} (start_timeout_ms in husk's config.toml); {console}"
+    )]
     Silent {
         /// `start_timeout_ms`.
         limit: Duration,
@@ -212,17 +214,53 @@ pub enum VmError {
     Other(String),
 }
 
-/// Console lines as one sentence part for an error.
+/// Console lines of an error at most: what happened, and not the whole boot.
+const QUOTED_LINES: usize = 8;
+
+/// Console lines as one sentence part for an error: from the kernel's panic on, where there was one, else the last ones.
 pub fn quote_console(lines: &[String]) -> String {
-    if lines.is_empty() {
-        return "its console is empty".into();
-    }
-    let last: Vec<&str> = lines
+    let panic = lines.iter().position(|l| l.contains("Kernel panic"));
+    let (what, from) = match panic {
+        Some(line) => ("its console, from the panic", line),
+        None => (
+            "its last console lines",
+            lines.len().saturating_sub(QUOTED_LINES),
+        ),
+    };
+    let quoted: Vec<&str> = lines
         .iter()
-        .rev()
-        .take(8)
-        .rev()
+        .skip(from)
+        .take(QUOTED_LINES)
         .map(String::as_str)
         .collect();
-    format!("its last console lines: {}", last.join(" | "))
+    if quoted.is_empty() {
+        return "its console is empty".into();
+    }
+    format!("{what}: {}", quoted.join(" | "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_console_is_quoted_from_the_panic_or_at_its_end() {
+        let lines = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(quote_console(&[]), "its console is empty");
+        let many: Vec<String> = (0..20).map(|n| format!("line {n}")).collect();
+        let quoted = quote_console(&many);
+        assert!(
+            quoted.starts_with("its last console lines: line 12 | "),
+            "{quoted}"
+        );
+        assert!(quoted.ends_with("line 19"), "{quoted}");
+        // A panic is followed by more lines of stack than are quoted.
+        let panic = [lines(&["booting", "Kernel panic - not syncing"]), many].concat();
+        let quoted = quote_console(&panic);
+        assert!(
+            quoted.starts_with("its console, from the panic: Kernel panic - not syncing | line 0"),
+            "{quoted}"
+        );
+        assert!(!quoted.contains("line 7"), "{quoted}");
+    }
 }

@@ -74,7 +74,12 @@ impl Context {
                 .run_command(self.runtime, &id, &flags, command),
         )?
         .ok()?;
-        Ok(Detached { suite: self, id })
+        Ok(self.started(id))
+    }
+
+    /// A container that has been started with this id.
+    pub fn started(&self, id: String) -> Detached<'_> {
+        Detached { suite: self, id }
     }
 
     /// A spec with the shared root file system.

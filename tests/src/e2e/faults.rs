@@ -1,10 +1,10 @@
-//! What goes wrong is told clearly and leaves nothing behind.
+//! What breaks in the middle is told clearly and leaves nothing behind.
 
-use std::{fs, path::Path, thread, time::Duration};
+use std::{process::Command, thread, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use husk_tests::{
-    ctr::{self, Output, Running},
+    ctr::{self, Running},
     host::{self, Traces},
     wait,
 };
@@ -14,18 +14,13 @@ use nix::{
 };
 use serde_json::json;
 
-use crate::{Test, context::Context, husk_test};
+use crate::{Test, bad_input::fails, context::Context, husk_test};
 
 pub const TESTS: &[Test] = &[
-    husk_test("no_dev_kvm", no_dev_kvm),
-    husk_test("dev_kvm_is_something_else", wrong_dev_kvm),
-    husk_test("missing_kernel", missing_kernel),
-    husk_test("wrong_kernel", wrong_kernel),
-    husk_test("missing_vmm", missing_vmm),
-    husk_test("broken_config_names_the_line", broken_config),
-    husk_test("more_memory_than_the_host_has", too_much_memory),
-    husk_test("root_file_system_missing", rootfs_missing),
     husk_test("guest_without_an_init", guest_without_init),
+    husk_test("agent_that_ends_at_once", agent_ends),
+    husk_test("agent_that_never_answers", agent_silent),
+    husk_test("agent_that_dies_under_a_task", agent_dies),
     husk_test("guest_kernel_panic_under_a_task", guest_panic),
     husk_test("reader_of_the_output_gone", reader_gone),
     husk_test("failed_starts_leave_nothing", failed_starts),
@@ -38,98 +33,6 @@ pub const TESTS: &[Test] = &[
     husk_test("containerd_killed_under_a_task", containerd_killed),
 ];
 
-/// Runs `true` with a configuration of its own.
-fn run_with_config(suite: &Context, config: &str) -> Result<Output> {
-    let dir = tempfile::tempdir()?;
-    let path = dir.path().join("config.toml");
-    fs::write(&path, config)?;
-    suite.run(
-        &["--runtime-config-path", &path.to_string_lossy()],
-        &["true"],
-    )
-}
-
-/// It fails, the sentence says these words, and the host is as before.
-fn fails(suite: &Context, config: &str, words: &[&str]) -> Result<()> {
-    let before = Traces::now();
-    let out = run_with_config(suite, config)?;
-    ensure!(out.code != 0, "{out:?}");
-    for word in words {
-        ensure!(out.errors().contains(word), "no {word:?} in {out:?}");
-    }
-    before.restored()
-}
-
-/// Puts something else in place of `/dev/kvm` while `test` runs.
-fn without_kvm(replacement: Option<&str>, test: impl FnOnce() -> Result<()>) -> Result<()> {
-    let (kvm, aside) = (Path::new("/dev/kvm"), Path::new("/dev/kvm.aside"));
-    fs::rename(kvm, aside)?;
-    if let Some(text) = replacement {
-        fs::write(kvm, text)?;
-    }
-    let result = test();
-    // Missing is as it should be where there was no replacement.
-    let _ = fs::remove_file(kvm);
-    fs::rename(aside, kvm)?;
-    result
-}
-
-fn no_dev_kvm(suite: &Context) -> Result<()> {
-    without_kvm(None, || fails(suite, "", &["/dev/kvm"]))
-}
-
-fn wrong_dev_kvm(suite: &Context) -> Result<()> {
-    without_kvm(Some("not a device"), || fails(suite, "", &["/dev/kvm"]))
-}
-
-fn missing_kernel(suite: &Context) -> Result<()> {
-    fails(
-        suite,
-        "kernel = \"/no/such/vmlinux\"\n",
-        &["/no/such/vmlinux"],
-    )
-}
-
-fn wrong_kernel(suite: &Context) -> Result<()> {
-    fails(suite, "kernel = \"/etc/passwd\"\n", &["/etc/passwd", "ELF"])
-}
-
-fn missing_vmm(suite: &Context) -> Result<()> {
-    fails(
-        suite,
-        "vmm = \"/no/such/husk-vmm\"\n",
-        &["/no/such/husk-vmm"],
-    )
-}
-
-fn broken_config(suite: &Context) -> Result<()> {
-    fails(
-        suite,
-        "# a comment\nkernal = \"/boot/vmlinux\"\n",
-        &["config.toml", "kernal", "line 2"],
-    )
-}
-
-fn too_much_memory(suite: &Context) -> Result<()> {
-    fails(
-        suite,
-        "default_memory_mib = 900000\nmax_memory_mib = 900000\n",
-        &["memory", "MiB"],
-    )
-}
-
-fn rootfs_missing(suite: &Context) -> Result<()> {
-    let before = Traces::now();
-    let mut run = suite.spec(&["true"])?;
-    run.spec["root"]["path"] = json!("/no/such/rootfs");
-    let out = run.run()?;
-    ensure!(
-        out.code != 0 && out.errors().contains("/no/such/rootfs"),
-        "{out:?}"
-    );
-    before.restored()
-}
-
 fn guest_without_init(suite: &Context) -> Result<()> {
     fails(
         suite,
@@ -138,8 +41,68 @@ fn guest_without_init(suite: &Context) -> Result<()> {
     )
 }
 
+/// A configuration with an initramfs of busybox, whose `applet` is the guest's PID 1.
+fn other_agent(suite: &Context, applet: &str, more: &str, words: &[&str]) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let archive = dir.path().join("initramfs.cpio");
+    let script = format!(
+        "mkdir -p root/dev root/bin && cp /bin/busybox root/bin/ && ln -s busybox root/bin/{applet} && \
+         cd root && mknod dev/console c 5 1 && find . | busybox cpio -o -H newc > {}",
+        archive.display()
+    );
+    ctr::output(
+        Command::new("sh")
+            .args(["-c", &script])
+            .current_dir(dir.path()),
+    )?
+    .ok()?;
+    let config = format!(
+        "initramfs = \"{}\"\nkernel_params = \"rdinit=/bin/{applet}\"\n{more}",
+        archive.display()
+    );
+    fails(suite, &config, words)
+}
+
+fn agent_ends(suite: &Context) -> Result<()> {
+    other_agent(suite, "false", "", &["Attempted to kill init"])
+}
+
+fn agent_silent(suite: &Context) -> Result<()> {
+    // busybox's init waits for somebody at the console.
+    other_agent(
+        suite,
+        "init",
+        "start_timeout_ms = 8000\n",
+        &["did not report", "start_timeout_ms"],
+    )
+}
+
+fn agent_dies(suite: &Context) -> Result<()> {
+    let before = Traces::now();
+    let log = suite.containerd.log().len();
+    // In the guest's own pid namespace, and allowed to trace, a container can overwrite the agent's code.
+    let script = "set -- $(grep -m 1 r-xp /proc/1/maps | tr - ' '); \
+        dd if=/dev/zero of=/proc/1/mem bs=4096 conv=notrunc seek=$((0x$1 / 4096)) count=$(((0x$2 - 0x$1) / 4096)); sleep 1000";
+    let mut run = suite.spec(&["sh", "-c", script])?;
+    if let Some(namespaces) = run.spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.retain(|n| n["type"] != "pid");
+    }
+    for set in ["bounding", "permitted", "effective"] {
+        if let Some(set) = run.spec["process"]["capabilities"][set].as_array_mut() {
+            set.push(json!("CAP_SYS_PTRACE"));
+        }
+    }
+    run.run()?.exited(137)?;
+    wait::until("the agent's end in the log", || {
+        let told = suite.containerd.log_since(log);
+        told.contains("Attempted to kill init").then_some(())
+    })?;
+    before.restored()
+}
+
 fn guest_panic(suite: &Context) -> Result<()> {
     let before = Traces::now();
+    let log = suite.containerd.log().len();
     // The limit's OOM becomes the kernel's panic; a container that may write the guest's sysctls can do that to
     // its own guest, and to nothing else.
     let mut run = suite.spec(&[
@@ -152,11 +115,8 @@ fn guest_panic(suite: &Context) -> Result<()> {
     let out = run.run()?;
     ensure!(out.code == 137, "{out:?}");
     wait::until("the panic in the log", || {
-        suite
-            .containerd
-            .log()
-            .contains("Kernel panic")
-            .then_some(())
+        let told = suite.containerd.log_since(log);
+        told.contains("Kernel panic").then_some(())
     })?;
     before.restored()
 }

@@ -21,6 +21,7 @@ pub const TESTS: &[Test] = &[
     test("stdin_64_mib", stdin_64_mib),
     test("output_of_a_process_that_ends_at_once", ends_at_once),
     test("log_to_a_file", log_to_a_file),
+    test("log_to_a_program", log_to_a_program),
     husk_test("stdout_can_be_opened_again", stdout_can_be_opened_again),
     test(
         "a_background_child_does_not_hold_the_exec",
@@ -125,6 +126,35 @@ fn log_to_a_file(suite: &Context) -> Result<()> {
             .then_some(())
     })?;
     drop(container);
+    Ok(())
+}
+
+fn log_to_a_program(suite: &Context) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir()?;
+    let program = dir.path().join("logger");
+    // containerd's contract with a binary logger (runtime/v2/README.md): fd 3 and 4 are the container's outputs, fd 5 is
+    // closed once the logger is ready, and CONTAINER_ID names the container.
+    std::fs::write(
+        &program,
+        "#!/bin/sh\ncat <&3 >\"$2.out\" & cat <&4 >\"$2.err\" & exec 5>&-; wait; echo \"$CONTAINER_ID\" >\"$2.end\"\n",
+    )?;
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
+    let log = dir.path().join("log");
+    let uri = format!("binary://{}?to={}", program.display(), log.display());
+    let container = suite.detached(
+        &["--log-uri", &uri],
+        &["sh", "-c", "echo to-out; echo to-err >&2; exit 3"],
+    )?;
+    let file = |name: &str| std::fs::read_to_string(log.with_extension(name));
+    // It ends when the container's outputs do.
+    wait::until("the logger to end", || {
+        file("end")
+            .is_ok_and(|text| text.ends_with('\n'))
+            .then_some(())
+    })?;
+    ensure!(file("end")?.trim() == container.id, "{:?}", file("end")?);
+    ensure!(file("out")? == "to-out\n" && file("err")? == "to-err\n");
     Ok(())
 }
 

@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use husk_tests::{containerd::Containerd, runtime::Runtime};
 use libtest_mimic::{Arguments, Failed, Trial};
 
+mod bad_input;
 mod context;
 mod exec;
 mod faults;
@@ -25,6 +26,7 @@ mod limits;
 mod oci;
 mod run;
 mod signals;
+mod task;
 mod terminal;
 mod vm;
 mod vmm;
@@ -57,7 +59,7 @@ pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Tes
 }
 
 /// The suites. Those marked alone count what the whole host holds, so nothing runs beside them.
-const SUITES: [(&str, bool, &[Test]); 13] = [
+const SUITES: [(&str, bool, &[Test]); 15] = [
     ("run", false, run::TESTS),
     ("io", false, io::TESTS),
     ("terminal", false, terminal::TESTS),
@@ -65,12 +67,14 @@ const SUITES: [(&str, bool, &[Test]); 13] = [
     ("exec", false, exec::TESTS),
     ("limits", false, limits::TESTS),
     ("isolation", false, isolation::TESTS),
+    ("task", false, task::TESTS),
     ("oci", false, oci::TESTS),
     ("vm", false, vm::TESTS),
     // 32 vCPUs want the machine for themselves.
     ("vmm", true, vmm::TESTS),
     ("lifecycle", false, lifecycle::TESTS),
     ("host", true, lifecycle::ALONE),
+    ("bad_input", true, bad_input::TESTS),
     ("faults", true, faults::TESTS),
 ];
 
