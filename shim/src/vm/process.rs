@@ -125,8 +125,7 @@ impl Driver for HuskVmm {
         // Its copies of the VMM's fds must go, or the end of the VMM would not be seen.
         drop(command);
         let control = Control::new(control);
-        let (machine, stderr) = self.watch_over(child, control, console)?;
-        tokio::spawn(stderr);
+        let machine = self.watch_over(child, control, console)?;
         let (sender, connections) = mpsc::channel(CONNECTION_QUEUE);
         tokio::spawn(bridge::accept(vsock, sender));
         Ok(Spawned {
@@ -149,7 +148,7 @@ impl HuskVmm {
         mut child: Child,
         control: Arc<Control>,
         console: pipe::Receiver,
-    ) -> Result<(Arc<Process>, impl Future<Output = ()> + Send + 'static), VmError> {
+    ) -> Result<Arc<Process>, VmError> {
         let pid = child.id().unwrap_or_default();
         let pidfd = i32::try_from(pid)
             .ok()
@@ -175,7 +174,7 @@ impl HuskVmm {
         let stderr = child.stderr.take();
         let stderr_task = {
             let (pod, tail) = (pod.clone(), stderr_tail.clone());
-            async move {
+            tokio::spawn(async move {
                 if let Some(stderr) = stderr {
                     console::follow(
                         stderr,
@@ -184,7 +183,7 @@ impl HuskVmm {
                     )
                     .await;
                 }
-            }
+            })
         };
         let console_task = {
             let (pod, tail) = (pod.clone(), process.console.clone());
@@ -197,9 +196,10 @@ impl HuskVmm {
         let machine = Arc::clone(&process);
         tokio::spawn(async move {
             let status = child.wait().await;
-            // The process is over: what it has said is in the sockets, so these end by themselves.
+            // The process is over: what it has said is in the sockets and pipes, so these end by themselves.
             let closed = timeout(LAST_WORDS, process.control.closed()).await.ok();
             let _ = timeout(LAST_WORDS, console_task).await;
+            let _ = timeout(LAST_WORDS, stderr_task).await;
             let process_end = describe(&status, stderr_tail.lines().pop());
             let end = VmEnd::new(
                 closed.and_then(|c| c.exit),
@@ -212,7 +212,7 @@ impl HuskVmm {
             }
             process.ended.send_replace(Some(Arc::new(end)));
         });
-        Ok((machine, stderr_task))
+        Ok(machine)
     }
 }
 
@@ -317,9 +317,8 @@ mod tests {
         assert_eq!(VmEnd::new(None, "signal 9".into(), tail).reason, "signal 9");
     }
 
-    /// A VMM that is killed is told as such: a shell stands in for it.
-    #[tokio::test]
-    async fn the_end_of_the_process_is_told() {
+    /// How a shell that stands in for the VMM ended, in the shim's words.
+    async fn end_of(script: &str, kill: bool) -> String {
         let driver = HuskVmm {
             vmm: "/bin/sh".into(),
             kernel: "/dev/null".into(),
@@ -328,27 +327,41 @@ mod tests {
             pod: "p".into(),
         };
         let child = Command::new("/bin/sh")
-            .args(["-c", "echo broken >&2; sleep 60"])
+            .args(["-c", script])
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let (ours, theirs) = Seqpacket::pair().unwrap();
         let (console_write, console_read) = console_pipe().unwrap();
-        let (process, stderr) = driver
+        let process = driver
             .watch_over(child, Control::new(ours), console_read)
             .unwrap();
-        let stderr = tokio::spawn(stderr);
         drop((theirs, console_write));
         let mut ended = process.ended();
-        process.kill();
+        if kill {
+            process.kill();
+        }
         let end = ended
             .wait_for(Option::is_some)
             .await
             .unwrap()
             .clone()
             .unwrap();
-        assert!(end.reason.contains("signal: 9"), "{}", end.reason);
         process.kill();
-        drop(stderr);
+        end.reason.clone()
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_process_is_told() {
+        let reason = end_of("echo broken >&2; exec sleep 60", true).await;
+        assert!(reason.contains("signal: 9"), "{reason}");
+    }
+
+    /// However late its last word is read: here it comes after the process has ended.
+    #[tokio::test]
+    async fn a_vmm_that_gives_up_is_told_with_its_last_word() {
+        let reason = end_of("(sleep 0.3; echo no such device >&2) & exit 1", false).await;
+        assert!(reason.contains("exit status: 1"), "{reason}");
+        assert!(reason.contains("no such device"), "{reason}");
     }
 }
