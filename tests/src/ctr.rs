@@ -4,7 +4,7 @@ use std::{
     fmt,
     io::{Read, Write},
     process::{Child, ChildStdin, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
 };
 
@@ -126,9 +126,14 @@ impl Running {
         }
     }
 
+    /// What has come of standard output.
+    pub fn text_so_far(&self) -> String {
+        String::from_utf8_lossy(&self.stdout.lock()).into_owned()
+    }
+
     /// Bytes of standard output that have come.
     pub fn stdout_len(&self) -> usize {
-        self.stdout.len()
+        self.stdout.lock().len()
     }
 
     /// Its pid.
@@ -196,11 +201,8 @@ impl Collected {
         Self { bytes, reader }
     }
 
-    fn len(&self) -> usize {
-        self.bytes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .len()
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn join(&mut self) -> Vec<u8> {
@@ -208,7 +210,7 @@ impl Collected {
             // A reader that panicked has left what it had.
             let _ = reader.join();
         }
-        std::mem::take(&mut self.bytes.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut self.lock())
     }
 }
 

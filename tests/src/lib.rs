@@ -2,11 +2,12 @@
 //!
 //! They run inside the testbed (or on a host with hardware KVM), against real containerd and the built
 //! binaries in the payload. [`containerd`] starts a private containerd with its own root, state and socket; [`ctr`] runs
-//! `ctr` against it with a time limit; [`host`] looks at what husk has left on the host; [`spec`] makes OCI specs;
+//! `ctr` against it with a time limit, [`events`] what it tells; [`host`] looks at what husk has left on the host; [`spec`] makes OCI specs;
 //! [`task`] asks a shim itself.
 
 pub mod containerd;
 pub mod ctr;
+pub mod events;
 pub mod host;
 pub mod runtime;
 pub mod spec;

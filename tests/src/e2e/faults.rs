@@ -5,6 +5,7 @@ use std::{process::Command, thread, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use husk_tests::{
     ctr::{self, Running},
+    events::{Events, topic},
     host::{self, Traces},
     wait,
 };
@@ -132,8 +133,17 @@ fn reader_gone(suite: &Context) -> Result<()> {
 
 fn failed_starts(suite: &Context) -> Result<()> {
     let before = Traces::now();
-    for _ in 0..5 {
+    for _ in 0..3 {
         let out = suite.run(&[], &["no-such-program"])?;
+        ensure!(out.code != 0, "{out:?}");
+    }
+    let mount = "type=bind,src=/no/such/source,dst=/mnt,options=rbind:ro";
+    for (flags, command) in [
+        (&[][..], "/etc/passwd"),
+        (&["--mount", mount], "true"),
+        (&["--cwd", "/etc/passwd/x"], "true"),
+    ] {
+        let out = suite.run(flags, &[command])?;
         ensure!(out.code != 0, "{out:?}");
     }
     before.restored()
@@ -151,6 +161,7 @@ fn end(process: &host::Process) -> Result<()> {
 
 fn vmm_killed_during_start(suite: &Context) -> Result<()> {
     let before = Traces::now();
+    let events = Events::listen(&suite.containerd)?;
     for delay in [0, 20, 50, 100, 200, 350, 500, 700, 1000, 1500] {
         let id = suite.containerd.fresh_id("killed");
         let mut command =
@@ -164,6 +175,19 @@ fn vmm_killed_during_start(suite: &Context) -> Result<()> {
         let out = running.finish()?;
         ensure!(out.code != 0, "killed after {delay} ms: {out:?}");
         suite.containerd.remove(&id)?;
+        // A task that had been started has ended by SIGKILL, once; one that had not says nothing but that.
+        let told = events.until_removed(&id)?;
+        let (starts, exits) = (topic(&told, "/tasks/start"), topic(&told, "/tasks/exit"));
+        ensure!(
+            exits.len() <= 1 && exits.len() >= starts.len(),
+            "killed after {delay} ms: {told:?}"
+        );
+        ensure!(
+            exits
+                .iter()
+                .all(|exit| exit.contains("\"exit_status\":137")),
+            "killed after {delay} ms: {told:?}"
+        );
     }
     before.restored()
 }
@@ -175,49 +199,37 @@ fn not_running(suite: &Context, id: &str) -> Result<()> {
     })
 }
 
-/// A running container and the daemon's events from before it began.
-fn watched(suite: &Context, test: impl FnOnce(&str) -> Result<()>) -> Result<String> {
-    let mut events = suite.containerd.ctr();
-    let events = Running::start(events.arg("events"), false)?;
-    let container = suite.detached(&[], &["sleep", "1000"])?;
-    let result = test(&container.id);
-    drop(container);
-    thread::sleep(Duration::from_millis(500));
-    kill(Pid::from_raw(events.pid().cast_signed()), Signal::SIGKILL)?;
-    let told = events.finish()?.text();
-    result.map(|()| told)
-}
-
-fn vmm_killed(suite: &Context) -> Result<()> {
+/// Does something to a running container's host side that must end the task: with one TaskExit, with 137.
+fn ends_with_137(suite: &Context, break_it: impl FnOnce(&str) -> Result<()>) -> Result<()> {
     let before = Traces::now();
-    let told = watched(suite, |id| {
-        end(&vmm(id).context("no VMM")?)?;
-        not_running(suite, id)
-    })?;
+    let events = Events::listen(&suite.containerd)?;
+    let container = suite.detached(&[], &["sleep", "1000"])?;
+    let id = container.id.clone();
+    break_it(&id)?;
+    not_running(suite, &id)?;
+    drop(container);
+    let told = events.until_removed(&id)?;
+    let exits = topic(&told, "/tasks/exit");
     ensure!(
-        told.matches("/tasks/exit").count() == 1,
-        "one exit event, not:\n{told}"
+        exits.len() == 1 && exits.iter().all(|e| e.contains("\"exit_status\":137")),
+        "one exit with 137 among {told:#?}"
     );
-    ensure!(told.contains("137"), "exit status 137 in:\n{told}");
     before.restored()
 }
 
+fn vmm_killed(suite: &Context) -> Result<()> {
+    ends_with_137(suite, |id| end(&vmm(id).context("no VMM")?))
+}
+
 fn shim_killed(suite: &Context) -> Result<()> {
-    let before = Traces::now();
-    let told = watched(suite, |id| {
+    ends_with_137(suite, |id| {
         let shim = host::shim_of(id).context("no shim")?;
         let vmm = host::vmm_of(&shim).context("no VMM")?;
         end(&shim)?;
         wait::until("the VMM to follow its shim", || {
             (!host::processes().iter().any(|p| p.pid == vmm.pid)).then_some(())
-        })?;
-        not_running(suite, id)
-    })?;
-    ensure!(
-        told.contains("/tasks/exit") && told.contains("137"),
-        "an exit event with 137, not:\n{told}"
-    );
-    before.restored()
+        })
+    })
 }
 
 fn containerd_killed(suite: &Context) -> Result<()> {

@@ -137,7 +137,7 @@ fn log_to_a_program(suite: &Context) -> Result<()> {
     // closed once the logger is ready, and CONTAINER_ID names the container.
     std::fs::write(
         &program,
-        "#!/bin/sh\ncat <&3 >\"$2.out\" & cat <&4 >\"$2.err\" & exec 5>&-; wait; echo \"$CONTAINER_ID\" >\"$2.end\"\n",
+        "#!/bin/sh\nexec 5>&-; cat <&3 >\"$2.out\" & cat <&4 >\"$2.err\" & wait; echo \"$CONTAINER_ID\" >\"$2.end\"\n",
     )?;
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
     let log = dir.path().join("log");

@@ -3,7 +3,7 @@
 use std::thread;
 
 use anyhow::{Result, bail, ensure};
-use husk_tests::{ctr::Running, host::Traces, wait};
+use husk_tests::{ctr::Running, events::Events, host::Traces, wait};
 
 use crate::{Test, context::Context, husk_test, test};
 
@@ -106,13 +106,7 @@ fn create_then_start(suite: &Context) -> Result<()> {
 }
 
 fn events_in_order(suite: &Context) -> Result<()> {
-    let mut events = suite.containerd.ctr();
-    let events = Running::start(events.arg("events"), false)?;
-    // The stream has begun once it shows something that came after it.
-    wait::until("ctr events to listen", || {
-        suite.run(&[], &["true"]).ok()?;
-        (events.stdout_len() > 0).then_some(())
-    })?;
+    let events = Events::listen(&suite.containerd)?;
     let container = suite.detached(&[], &["sh", "-c", "read x"])?;
     let id = container.id.clone();
     container.exec(&["true"])?.ok()?;
@@ -121,13 +115,9 @@ fn events_in_order(suite: &Context) -> Result<()> {
         (container.state().ok()? == "STOPPED").then_some(())
     })?;
     drop(container);
-    let listener = nix::unistd::Pid::from_raw(events.pid().cast_signed());
-    thread::sleep(std::time::Duration::from_secs(1));
-    nix::sys::signal::kill(listener, nix::sys::signal::Signal::SIGKILL)?;
-    let text = events.finish()?.text();
-    let seen: Vec<&str> = text
-        .lines()
-        .filter(|line| line.contains(&format!("\"{id}\"")))
+    let told = events.until_removed(&id)?;
+    let seen: Vec<&str> = told
+        .iter()
         .filter_map(|line| {
             line.split_whitespace()
                 .find(|word| word.starts_with("/tasks/"))
@@ -142,7 +132,7 @@ fn events_in_order(suite: &Context) -> Result<()> {
         "/tasks/exit",
         "/tasks/delete",
     ];
-    ensure!(seen == wanted, "{seen:?} in\n{text}");
+    ensure!(seen == wanted, "{seen:?} in {told:#?}");
     Ok(())
 }
 

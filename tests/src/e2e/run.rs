@@ -88,12 +88,18 @@ fn executable_without_permission(suite: &Context) -> Result<()> {
 }
 
 fn unknown_user(suite: &Context) -> Result<()> {
+    // ctr looks the name up in the image itself; a number it passes on, and any number is a user.
     let out = suite.run(&["--user", "nobody-of-that-name"], &["id"])?;
     ensure!(
-        out.code != 0 && out.errors().contains("nobody-of-that-name")
-            || out.errors().contains("no users found"),
+        out.code != 0
+            && (out.errors().contains("nobody-of-that-name")
+                || out.errors().contains("no users found")),
         "{out:?}"
     );
+    let out = suite
+        .run(&["--user", "4321:1234"], &["sh", "-c", "id -u; id -g"])?
+        .ok()?;
+    ensure!(out.text() == "4321\n1234", "{out:?}");
     Ok(())
 }
 

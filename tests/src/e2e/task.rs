@@ -65,12 +65,12 @@ fn update(suite: &Context) -> Result<()> {
         })),
     )?;
     let after = files()?;
-    // 2048 shares are weight 79 by runc's formula (1 + (shares - 2) * 9999 / 262142).
-    ensure!(after == "100663296\n60\n20000 100000\n79", "{after}");
+    // 2048 shares are weight 174 by runc's formula (opencontainers/cgroups, ConvertCPUSharesToCgroupV2Value).
+    ensure!(after == "100663296\n60\n20000 100000\n174", "{after}");
     // What an update does not name stays.
     tasks.update(context(), &request(json!({ "pids": { "limit": 70 } })))?;
     let after = files()?;
-    ensure!(after == "100663296\n70\n20000 100000\n79", "{after}");
+    ensure!(after == "100663296\n70\n20000 100000\n174", "{after}");
     Ok(())
 }
 
@@ -84,10 +84,14 @@ fn update_refused(suite: &Context) -> Result<()> {
     };
     let answer = tasks.update(context(), &request);
     ensure!(answer.is_err(), "a limit of \"many\" went through");
-    // There is no CPU 1000.
-    request.resources = Some(task::resources(&json!({ "cpu": { "cpus": "1000" } }))).into();
-    let answer = tasks.update(context(), &request);
-    ensure!(answer.is_err(), "CPU 1000 went through");
+    request.resources = Some(task::resources(
+        &json!({ "unified": { "no.such.file": "1" } }),
+    ))
+    .into();
+    match tasks.update(context(), &request) {
+        Err(error) => ensure!(error.to_string().contains("no.such.file"), "{error}"),
+        Ok(_) => anyhow::bail!("no.such.file went through"),
+    }
     let pids = container
         .exec(&["cat", "/sys/fs/cgroup/pids.max"])?
         .ok()?
