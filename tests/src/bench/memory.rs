@@ -10,33 +10,59 @@ use crate::{Bench, Row, SAMPLES, Table};
 /// No mapping of the VMM but the guest's RAM is this large, in KiB.
 const GUEST_RAM_KIB: u64 = 100 * 1024;
 
-/// PSS of shim and VMM without guest RAM, and the guest RAM that the host has backed.
+/// PSS of shim and VMM without guest RAM, and the guest RAM that the host has backed. Beside it what the other runtimes'
+/// own processes of such a container take: runc's shim, gVisor's shim, sandbox (its kernel) and gofer.
 pub fn idle_pod(bench: &Bench, table: &mut Table) -> Result<()> {
     let mut host_pss = Row::new("idle_pod_host_pss", "KiB");
     let mut touched = Row::new("idle_pod_guest_touched", "KiB");
     for _ in 0..SAMPLES {
-        let id = bench.containerd.fresh_id("idle");
-        let mut command =
-            bench
-                .containerd
-                .run_command(Runtime::Husk, &id, &["--detach"], &["sleep", "1000"]);
-        ctr::output(&mut command)?.ok()?;
-        let shim = host::shim_of(&id).context("the pod has no shim")?;
-        let vmm = host::vmm_of(&shim).context("the pod has no VMM")?;
-        let shim_kib = host::smaps(shim.pid, "Pss").context("reading the shim's memory")?;
-        let text = fs::read_to_string(format!("/proc/{}/smaps", vmm.pid))
-            .context("reading the VMM's memory")?;
-        let (guest, own) = split(&text);
-        #[allow(clippy::cast_precision_loss, reason = "KiB of one process fit")]
-        {
-            host_pss.add(Runtime::Husk, (shim_kib + own) as f64);
-            touched.add(Runtime::Husk, guest as f64);
+        for &runtime in &bench.runtimes {
+            let id = bench.containerd.fresh_id("idle");
+            let mut command =
+                bench
+                    .containerd
+                    .run_command(runtime, &id, &["--detach"], &["sleep", "1000"]);
+            ctr::output(&mut command)?.ok()?;
+            let pss = match runtime {
+                Runtime::Husk => {
+                    let (own, guest) = pod(&id)?;
+                    touched.add(runtime, kib(guest));
+                    own
+                }
+                _ => named(&id),
+            };
+            host_pss.add(runtime, kib(pss));
+            bench.containerd.remove(&id)?;
         }
-        bench.containerd.remove(&id)?;
     }
     table.push(host_pss);
     table.push(touched);
     Ok(())
+}
+
+#[allow(clippy::cast_precision_loss, reason = "KiB of one process fit")]
+const fn kib(value: u64) -> f64 {
+    value as f64
+}
+
+/// KiB of a pod's shim and VMM, and of its guest's RAM.
+fn pod(id: &str) -> Result<(u64, u64)> {
+    let shim = host::shim_of(id).context("the pod has no shim")?;
+    let vmm = host::vmm_of(&shim).context("the pod has no VMM")?;
+    let shim_kib = host::smaps(shim.pid, "Pss").context("reading the shim's memory")?;
+    let text = fs::read_to_string(format!("/proc/{}/smaps", vmm.pid))
+        .context("reading the VMM's memory")?;
+    let (guest, own) = split(&text);
+    Ok((shim_kib + own, guest))
+}
+
+/// KiB of all processes that have this id among their arguments.
+fn named(id: &str) -> u64 {
+    host::processes()
+        .iter()
+        .filter(|p| p.command.iter().any(|argument| argument == id))
+        .filter_map(|p| host::smaps(p.pid, "Pss"))
+        .sum()
 }
 
 /// Sums the PSS (KiB) of a `/proc/PID/smaps`: guest RAM, and everything else.
