@@ -80,13 +80,14 @@ impl Gate {
         }
         let mut state = self.lock();
         let mut next = Next::Run;
-        while state.word == Word::Pause {
+        if state.word == Word::Pause {
             next = Next::RunAfterPause;
             state.held += 1;
+            // Told once: those who wake for nothing must not wake each other again.
             self.changed.notify_all();
             state = self
                 .changed
-                .wait(state)
+                .wait_while(state, |state| state.word == Word::Pause)
                 .unwrap_or_else(PoisonError::into_inner);
             state.held -= 1;
         }
@@ -138,6 +139,7 @@ impl Gate {
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::AtomicU64;
+    use std::time::Duration;
 
     use super::*;
 
@@ -171,6 +173,38 @@ mod tests {
         }
         gate.resume();
         assert_eq!(gate.pass(), Next::Stop, "stop is final");
+    }
+
+    /// User and system time of the calling thread.
+    fn thread_time() -> Duration {
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID)
+            .unwrap()
+            .into()
+    }
+
+    /// Held vCPUs sleep: they once woke each other for as long as the pause lasted.
+    #[test]
+    fn a_pause_costs_nothing() {
+        let gate = Arc::new(Gate::new(3));
+        gate.say(Word::Pause);
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                let gate = Arc::clone(&gate);
+                std::thread::spawn(move || {
+                    let before = thread_time();
+                    assert_eq!(gate.pass(), Next::RunAfterPause);
+                    gate.leave();
+                    thread_time() - before
+                })
+            })
+            .collect();
+        gate.pause(|| {});
+        std::thread::sleep(Duration::from_millis(300));
+        gate.resume();
+        for thread in threads {
+            let spent = thread.join().unwrap();
+            assert!(spent < Duration::from_millis(10), "{spent:?}");
+        }
     }
 
     #[test]
