@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::memory::{BUFFER_LEN, Scratch};
-use super::request::{self, FIXED_LEN, HEADER_LEN};
+use super::request::{self, FIXED_LEN, HEADER_LEN, REPLY_LEN};
 use crate::virtio::queue::{Chain, DeviceQueue, Short};
 use crate::virtio::worker::{Fault, Handler, Poll, drain};
 use crate::virtio::{ActivateError, Activation, may_log_about_guest};
@@ -79,6 +79,10 @@ impl Shared {
         chain: &Chain<'_>,
     ) -> Result<u32, AnswerError> {
         let request = copy_out(chain, copy)?;
+        // Nothing is done for which there could be no answer, and virtiofsd counts on room for its header.
+        if request::has_reply(request) && chain.writable.len() < REPLY_LEN {
+            return Err(Short { end: REPLY_LEN }.into());
+        }
         if let Err(errno) = request::check(request) {
             let reply = request::refusal(request, errno);
             chain.writable.write_at(0, &reply)?;

@@ -1,20 +1,21 @@
 //! What of a FUSE request must be true before virtiofsd sees it.
 //!
 //! The crate trusts names: it hands them to `unlinkat`, `mkdirat`, `renameat` as they come, so that one with a slash in it would
-//! leave the share. (Standalone, virtiofsd sits in a `chroot`.) It also unwraps file offsets. A guest's kernel never sends
-//! such, a hostile one may. The layouts are those of <linux/fuse.h>, protocol 7.
+//! leave the share. (Standalone, virtiofsd sits in a `chroot`.) It also unwraps file offsets, and the split of a reply's header
+//! from its body. A guest's kernel never sends such, a hostile one may. The layouts are those of <linux/fuse.h>, protocol 7.
 
 /// Size of the header in front of every request: `struct fuse_in_header`.
 pub const HEADER_LEN: usize = 40;
 
 /// Size of a reply without a body: `struct fuse_out_header`.
-const REPLY_LEN: usize = 16;
+pub const REPLY_LEN: usize = 16;
 
 /// How much of a request without names is copied out of the guest's reach: the header and the longest fixed part
 /// that is checked here (`fuse_write_in`). What a write carries stays where it is.
 pub const FIXED_LEN: usize = 80;
 
 const LOOKUP: u32 = 1;
+const FORGET: u32 = 2;
 const SYMLINK: u32 = 6;
 const MKNOD: u32 = 8;
 const MKDIR: u32 = 9;
@@ -25,6 +26,9 @@ const LINK: u32 = 13;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
 const CREATE: u32 = 35;
+const INTERRUPT: u32 = 36;
+const DESTROY: u32 = 38;
+const BATCH_FORGET: u32 = 42;
 const RENAME2: u32 = 45;
 
 /// Where the names of a request are: after a fixed part of so many bytes, so many of them, each ended by a zero byte.
@@ -50,6 +54,14 @@ fn names(op: u32) -> Option<Names> {
 /// True if the request that begins with `header` must be copied whole before [`check`].
 pub fn has_names(header: &[u8]) -> bool {
     word(header, 4).and_then(names).is_some()
+}
+
+/// True if `request` is answered, with a header at least.
+pub fn has_reply(request: &[u8]) -> bool {
+    !matches!(
+        word(request, 4),
+        Some(FORGET | INTERRUPT | DESTROY | BATCH_FORGET)
+    )
 }
 
 /// Checks the copied part of a request.
@@ -160,7 +172,7 @@ mod tests {
     proptest! {
         #[test]
         fn anything_is_checked(bytes in proptest::collection::vec(any::<u8>(), 0..120)) {
-            let _ = (has_names(&bytes), check(&bytes), refusal(&bytes, 1));
+            let _ = (has_names(&bytes), has_reply(&bytes), check(&bytes), refusal(&bytes, 1));
         }
     }
 }
