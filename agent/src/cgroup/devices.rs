@@ -69,21 +69,23 @@ const fn allow(kind: Kind, major: Option<u32>, minor: Option<u32>, access: u8) -
 }
 
 impl Rule {
-    fn from_spec(rule: &LinuxDeviceCgroup) -> Self {
+    /// `None` for a FIFO's rule: the kernel asks about no FIFO.
+    fn from_spec(rule: &LinuxDeviceCgroup) -> Option<Self> {
         // -1 is how some callers write "any".
         let number = |value: Option<i64>| value.and_then(|value| u32::try_from(value).ok());
         let kind = match rule.typ() {
             Some(LinuxDeviceType::B) => Some(Kind::Block),
             Some(LinuxDeviceType::C | LinuxDeviceType::U) => Some(Kind::Char),
+            Some(LinuxDeviceType::P) => return None,
             // A rule for all devices has no numbers.
-            Some(LinuxDeviceType::A | LinuxDeviceType::P) | None => {
-                return Self {
+            Some(LinuxDeviceType::A) | None => {
+                return Some(Self {
                     allow: rule.allow(),
                     kind: None,
                     major: None,
                     minor: None,
                     access: access::ALL,
-                };
+                });
             }
         };
         let bits = rule.access().as_deref().unwrap_or("rwm");
@@ -95,13 +97,13 @@ impl Rule {
                 _ => 0,
             }
         });
-        Self {
+        Some(Self {
             allow: rule.allow(),
             kind,
             major: number(rule.major()),
             minor: number(rule.minor()),
             access,
-        }
+        })
     }
 
     /// Decides about every device and access.
@@ -121,7 +123,7 @@ pub(super) fn attach(
 ) -> io::Result<OwnedFd> {
     let rules: Vec<Rule> = rules
         .iter()
-        .map(Rule::from_spec)
+        .filter_map(Rule::from_spec)
         .chain(DEFAULT_RULES)
         .collect();
     let program = bpf_load(PROGRAM_TYPE, &assemble(&rules))?;
@@ -314,7 +316,7 @@ mod tests {
     fn rules(json: &str) -> Vec<Rule> {
         let list: Vec<LinuxDeviceCgroup> = serde_json::from_str(json).unwrap();
         list.iter()
-            .map(Rule::from_spec)
+            .filter_map(Rule::from_spec)
             .chain(DEFAULT_RULES)
             .collect()
     }
@@ -345,6 +347,17 @@ mod tests {
         let none = assemble(&rules("[]"));
         assert!(!run(&none, Kind::Block, access::READ, 254, 1));
         assert!(run(&none, Kind::Char, access::ALL, 1, 5));
+    }
+
+    #[test]
+    fn a_rule_for_a_fifo_says_nothing_about_devices() {
+        let list = rules(
+            r#"[{"allow": false, "access": "rwm"},
+                {"allow": true, "type": "p", "access": "rwm"}]"#,
+        );
+        let program = assemble(&list);
+        assert!(!run(&program, Kind::Block, access::READ, 8, 0));
+        assert!(run(&program, Kind::Char, access::ALL, 1, 3));
     }
 
     fn any_rule() -> impl Strategy<Value = Rule> {
