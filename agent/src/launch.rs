@@ -1,6 +1,5 @@
 //! Wires a new process's standard streams: tokens to connections, connections to pipes or to a terminal.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -8,8 +7,9 @@ use husk_protocol::agent::Stdio;
 use husk_protocol::stream::Token;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
+use rustix::fs::OFlags;
 
-use crate::container::{Io, StdioFds};
+use crate::container::{Io, StdioFds, open_null};
 use crate::dial::Host;
 use crate::error::AgentError;
 use crate::polled::{Polled, polled};
@@ -170,7 +170,7 @@ type Wire = Option<(Polled, OwnedFd)>;
 
 fn input_pipe(connection: Option<Polled>) -> io::Result<(OwnedFd, Wire)> {
     let Some(connection) = connection else {
-        return Ok((File::open("/dev/null")?.into(), None));
+        return Ok((open_null(OFlags::RDONLY)?, None));
     };
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     Ok((reader, Some((connection, writer))))
@@ -178,8 +178,32 @@ fn input_pipe(connection: Option<Polled>) -> io::Result<(OwnedFd, Wire)> {
 
 fn output_pipe(connection: Option<Polled>) -> io::Result<(OwnedFd, Wire)> {
     let Some(connection) = connection else {
-        return Ok((File::options().write(true).open("/dev/null")?.into(), None));
+        return Ok((open_null(OFlags::WRONLY)?, None));
     };
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     Ok((writer, Some((connection, reader))))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    /// Mode, owner and device of the machine's /dev/null must survive a container that holds it.
+    #[test]
+    fn a_stream_to_nowhere_is_no_handle_on_the_guests_device() {
+        let (reader, _) = input_pipe(None).unwrap();
+        let (writer, _) = output_pipe(None).unwrap();
+        assert_eq!(nix::unistd::read(&reader, &mut [0]), Ok(0));
+        assert_eq!(nix::unistd::write(&writer, b"x"), Ok(1));
+        for fd in [&reader, &writer] {
+            let mode = rustix::fs::Mode::from_raw_mode(0o666);
+            assert_eq!(rustix::fs::fchmod(fd, mode), Err(rustix::io::Errno::ROFS));
+            // Opening it again by its link leads to the same mount.
+            let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            let path = rustix::fs::chmod(link, mode);
+            assert_eq!(path, Err(rustix::io::Errno::ROFS));
+        }
+    }
 }

@@ -13,7 +13,6 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::error::{LaunchError, OsError};
-use super::mounts::Source;
 use super::paths::{Missing, resolve_parent};
 use super::rootfs::{attach_device, guest_device};
 
@@ -111,7 +110,7 @@ fn to_container(map: Option<&[LinuxIdMapping]>, id: u32) -> u32 {
 /// The nodes to make, and the guest's own to bind where mknod is known to fail.
 #[derive(Debug)]
 pub(crate) struct Prepare {
-    nodes: Vec<(Node, Option<Source>)>,
+    nodes: Vec<(Node, Option<OwnedFd>)>,
 }
 
 impl Prepare {
@@ -154,7 +153,7 @@ impl Prepare {
     }
 }
 
-fn make_node(root: &OwnedFd, node: &Node, source: Option<Source>) -> Result<(), LaunchError> {
+fn make_node(root: &OwnedFd, node: &Node, source: Option<OwnedFd>) -> Result<(), LaunchError> {
     let failed = |errno: Errno| {
         LaunchError::internal(format!(
             "creating device {}: {}",
@@ -172,7 +171,7 @@ fn make_node(root: &OwnedFd, node: &Node, source: Option<Source>) -> Result<(), 
         Ok(()) => {}
         Err(Errno::EXIST) => return Ok(()),
         Err(Errno::PERM) => {
-            let source = guest_device(&node.path).map_err(failed)?;
+            let source = guest_device(&node.path)?;
             return attach_device(source, root, &node.path).map_err(failed);
         }
         Err(errno) => return Err(failed(errno)),

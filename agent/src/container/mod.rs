@@ -40,6 +40,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 pub use error::LaunchError;
 pub use init::init_main;
 pub use launch::{Launched, StartGate, use_executable};
+pub(crate) use rootfs::open_null;
 
 use self::error::Step;
 use self::job::{CreateJob, ExecJob, HooksJob, Job};

@@ -4,7 +4,8 @@
 //! pivot_root makes the new tree the only one and the old one is let go of. (That needs a guest root which is mounted on
 //! something: `boot` has seen to it.)
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Linux, Spec};
@@ -17,8 +18,7 @@ use super::devices;
 use super::error::{LaunchError, OsError, Step};
 use super::mount_options::{Bind, Propagation};
 use super::mounts::{
-    Prepared, Source, attach, clone_path, clone_tree, make_read_only, new_file_system,
-    set_root_propagation,
+    Prepared, attach, clone_path, clone_tree, make_read_only, new_file_system, set_root_propagation,
 };
 use super::paths::{self, Missing, is_directory, resolve};
 
@@ -217,15 +217,25 @@ fn mask(root: &OwnedFd, path: &Path) -> Result<(), LaunchError> {
         return attach(&empty, &target).step(what);
     }
     // The guest's own /dev/null: the container's could be anything.
-    let null = paths::open_guest(Path::new("/dev/null"))
-        .and_then(|null| clone_tree(&null, Bind::Single))
-        .step(what)?;
+    let null = guest_device(Path::new("/dev/null"))?;
     attach(&null, &target).step(what)
 }
 
-/// Opens the tree of a device of the guest, for a container that cannot make its own.
-pub(crate) fn guest_device(path: &Path) -> Result<Source, Errno> {
-    Source::open(path, Bind::Single)
+/// Opens the tree of a device of the guest, for a container that cannot make its own. Read-only: that leaves the device
+/// as it is, and keeps the container from changing the mode or owner that it has for everyone.
+pub(crate) fn guest_device(path: &Path) -> Result<OwnedFd, LaunchError> {
+    let device = clone_path(path, Bind::Single).step(|| format!("opening {}", path.display()))?;
+    make_read_only(&device)?;
+    Ok(device)
+}
+
+/// Opens the guest's /dev/null for a process of a container, through a mount of its own that is read-only: whoever owned the
+/// file could otherwise change its mode through the descriptor.
+pub(crate) fn open_null(access: OFlags) -> io::Result<OwnedFd> {
+    let null = guest_device(Path::new("/dev/null")).map_err(io::Error::other)?;
+    // By the link that leads to this very mount. The open file keeps the mount.
+    let link = format!("/proc/self/fd/{}", null.as_raw_fd());
+    Ok(openat(CWD, link, access | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// Puts a device of the guest at a path of the container.

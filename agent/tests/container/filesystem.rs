@@ -245,6 +245,19 @@ async fn masked_and_read_only_paths() {
 }
 
 #[tokio::test]
+async fn what_masks_a_file_is_not_the_containers_to_change() {
+    let bundle = Bundle::sh("stat -c %t:%T /secret; echo x > /secret && chmod 666 /secret");
+    fs::write(bundle.root().join("secret"), "secret").unwrap();
+    let output = bundle
+        .with("/linux/maskedPaths", json!(["/secret"]))
+        .run()
+        .await;
+    assert_eq!(output.stdout, "1:3\n", "{output:?}");
+    // The mode is what it was either way: had it gone through, it would have been to the machine's own /dev/null.
+    assert!(output.stderr.contains("Read-only"), "{output:?}");
+}
+
+#[tokio::test]
 async fn a_tmpfs_that_copies_up() {
     let bundle =
         Bundle::sh("cat /etc/passwd | head -n 1; stat -c %a /etc /old; echo x > /etc/new; ls /old");
@@ -310,6 +323,7 @@ async fn propagation() {
         .stdout
         .lines()
         .partition(|line| line.contains(" /vol "));
+    assert_eq!(volumes.len(), 1, "{output:?}");
     assert!(
         volumes
             .iter()
