@@ -4,14 +4,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use oci_spec::runtime::Process;
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::fs::{CWD, Mode, OFlags, fstatfs, openat};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::error::{LaunchError, Step};
 use super::mount_options::Bind;
 use super::mounts::{attach, clone_tree};
 use super::paths::{Missing, open_guest, resolve};
+use crate::terminal;
+
+/// f_type of devpts.
+const DEVPTS_SUPER_MAGIC: i64 = 0x1cd1;
 
 /// Both ends of a terminal.
 #[derive(Debug)]
@@ -30,6 +33,13 @@ impl Console {
             Mode::empty(),
         )
         .spec_step(|| "opening a terminal at /dev/pts/ptmx (is devpts mounted?)".to_owned())?;
+        // In an exec the path is what the container has made of it: no ioctl on anything but a terminal.
+        let devpts = fstatfs(&master).is_ok_and(|fs| fs.f_type == DEVPTS_SUPER_MAGIC);
+        if !devpts {
+            return Err(LaunchError::invalid(
+                "opening a terminal at /dev/pts/ptmx: it is not on a devpts file system",
+            ));
+        }
         unlockpt(&master).step(|| "unlocking the terminal".to_owned())?;
         // Not by its path, which the image could have covered.
         let slave = ioctl_tiocgptpeer(
@@ -37,22 +47,12 @@ impl Console {
             OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
         )
         .step(|| "opening the terminal's other end".to_owned())?;
-        let console = Self { master, slave };
         if let Some(size) = process.console_size() {
-            console.resize(size.width(), size.height())?;
+            let cells = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
+            terminal::resize(&master, cells(size.width()), cells(size.height()))
+                .step(|| "setting the terminal's size".to_owned())?;
         }
-        Ok(console)
-    }
-
-    fn resize(&self, width: u64, height: u64) -> Result<(), LaunchError> {
-        let cells = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
-        let size = Winsize {
-            ws_row: cells(height),
-            ws_col: cells(width),
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        tcsetwinsize(&self.master, size).step(|| "setting the terminal's size".to_owned())
+        Ok(Self { master, slave })
     }
 
     /// Shows the terminal as /dev/console. The process's root is the container's, still writable.

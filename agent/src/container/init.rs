@@ -25,7 +25,7 @@ use super::job::{CreateJob, ExecJob, FromInit, HooksJob, Job, JobFollows, ToInit
 use super::seccomp::Filter;
 use super::sys::{self, Forked};
 use super::{StdioFds, exec_lookup, hooks, namespaces, rootfs, scheduling, sysctl};
-use crate::cgroup;
+use crate::{cgroup, loopback};
 
 /// Runs the job that the agent hands over on stdin. Never returns to the caller's program.
 pub fn init_main() -> ! {
@@ -128,9 +128,9 @@ fn create(
     if plan.has_user() {
         namespaces::become_root()?;
     }
-    new_session(id)?;
+    new_session()?;
     if plan.creates(LinuxNamespaceType::Network) {
-        sys::loopback_up().step(|| "bringing the loopback interface up".to_owned())?;
+        loopback::up().step(|| "bringing the loopback interface up".to_owned())?;
     }
     set_names(spec)?;
     sysctl::apply(linux.sysctl().as_ref())?;
@@ -179,7 +179,7 @@ fn exec(
     if user_namespace {
         namespaces::become_root()?;
     }
-    new_session("exec")?;
+    new_session()?;
     take_streams(channel, process, streams)?;
     if let Some(list) = affinity.and_then(|affinity| affinity.cpu_affinity_final().as_deref()) {
         scheduling::set_affinity(list)?;
@@ -269,10 +269,9 @@ impl Handshake {
 }
 
 /// A session and keyring of its own: nothing of the agent's is in them.
-fn new_session(id: &str) -> Result<(), LaunchError> {
+fn new_session() -> Result<(), LaunchError> {
     rustix::process::setsid().step(|| "starting a session".to_owned())?;
-    let name = CString::new(format!("_ses.{id}")).unwrap_or_default();
-    match sys::join_session_keyring(&name) {
+    match sys::join_session_keyring() {
         // A kernel without keyrings has none to share.
         Err(error) if error.raw_os_error() != Some(libc::ENOSYS) => {
             Err(error).step(|| "joining a session keyring".to_owned())
@@ -368,6 +367,9 @@ impl Program {
         seccomp: Option<&LinuxSeccomp>,
         personality: Option<&LinuxPersonality>,
     ) -> Result<Self, LaunchError> {
+        // Only the standard streams go on; what is opened from here on is close-on-exec anyway. Before the filter:
+        // allow-lists that are older than close_range(2) refuse it.
+        sys::close_on_exec_from(3).step(|| "closing descriptors".to_owned())?;
         let filter = seccomp.map(Filter::compile).transpose()?;
         let identity = Identity::of(process, user_name)?;
         let env = identity.complete_environment(process);
@@ -430,8 +432,6 @@ impl Program {
             return Ok(());
         }
         start_hooks()?;
-        // Whatever was opened without: only the standard streams go on.
-        sys::close_on_exec_from(3).step(|| "closing descriptors".to_owned())?;
         channel.send(&FromInit::Executing).step(what)?;
         sys::reset_signals().step(|| "resetting signals".to_owned())?;
         if let Some(filter) = &self.late_filter {

@@ -4,7 +4,6 @@
     reason = "raw system calls; each wrapper checks what the kernel does not"
 )]
 
-use std::ffi::CStr;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -114,30 +113,12 @@ pub(crate) fn seccomp_set_filter(filter: &[BpfInstruction], flags: u64) -> io::R
     .map(drop)
 }
 
-/// Brings the loopback interface of this network namespace up.
-pub(crate) fn loopback_up() -> io::Result<()> {
-    let socket = rustix::net::socket_with(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        rustix::net::SocketFlags::CLOEXEC,
-        None,
-    )?;
-    // SAFETY: ifreq is plain old data, for which all zeroes is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = from.cast_signed();
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-    // SAFETY: SIOCSIFFLAGS reads an ifreq, which is what it gets.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    check(result.into()).map(drop)
-}
-
-/// Gives this process a session keyring of its own.
-pub(crate) fn join_session_keyring(name: &CStr) -> io::Result<()> {
+/// Gives this process a new session keyring of its own: one without a name, which nobody else can join.
+pub(crate) fn join_session_keyring() -> io::Result<()> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
-    // SAFETY: the name is a C string that outlives the call.
-    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })
+    let anonymous = std::ptr::null::<libc::c_char>();
+    // SAFETY: a null name is one that the call does not read.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, anonymous) })
         .map(drop)
 }
 

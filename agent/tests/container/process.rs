@@ -340,6 +340,44 @@ async fn exec_with_a_terminal() {
 }
 
 #[tokio::test]
+async fn a_terminal_comes_from_devpts_alone() {
+    let bundle = Bundle::sh("mkdir /dev/pts; echo > /dev/pts/ptmx; echo made; sleep 1000").with(
+        "/mounts",
+        json!([{"destination": "/dev", "type": "tmpfs", "source": "tmpfs"}]),
+    );
+    let (container, pid, mut streams) = bundle.create().await.unwrap().start().await;
+    assert_eq!(streams.line(), "made");
+    let process = json!({"args": ["true"], "terminal": true});
+    let error = container
+        .exec(process.to_string().as_bytes(), Io::Terminal)
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("not on a devpts"), "{error}");
+    destroy(container, pid).await;
+}
+
+#[tokio::test]
+async fn session_keyrings_have_no_name_to_join_them_by() {
+    let (container, pid, _streams) = Bundle::sh("sleep 1000")
+        .with("/linux/maskedPaths", json!([]))
+        .create()
+        .await
+        .unwrap()
+        .start()
+        .await;
+    // Serial, flags, references, expiry, permissions, owner, group, type, name.
+    let session = "grep ' _ses' /proc/keys | tr -s ' ' | cut -d ' ' -f 1,9";
+    let first = exec_sh(&container, session).await;
+    let second = exec_sh(&container, session).await;
+    for output in [&first, &second] {
+        assert!(output.stdout.contains(" _ses:"), "{output:?}");
+        assert!(!output.stdout.contains("_ses."), "{output:?}");
+    }
+    assert_ne!(first.stdout, second.stdout);
+    destroy(container, pid).await;
+}
+
+#[tokio::test]
 async fn hooks_run_where_they_belong() {
     let bundle = Bundle::sh("cat /tmp/start; sleep 1000");
     let out = bundle.directory.path().join("log");

@@ -46,6 +46,24 @@ async fn seccomp_with_and_without_new_privileges() {
     assert_eq!(off.stdout, "Seccomp:\t0\n");
 }
 
+#[tokio::test]
+async fn a_profile_older_than_close_range_lets_its_container_start() {
+    let mut bundle =
+        Bundle::sh("ls /proc/self/fd | wc -l").with("/process/noNewPrivileges", json!(false));
+    let names = bundle
+        .spec
+        .pointer_mut("/linux/seccomp/syscalls/0/names")
+        .unwrap()
+        .as_array_mut()
+        .unwrap();
+    let before = names.len();
+    names.retain(|name| name != "close_range");
+    assert_eq!(names.len(), before - 1);
+    // The standard streams and the directory itself.
+    let output = bundle.run().await;
+    assert_eq!(output.stdout, "4\n", "{output:?}");
+}
+
 /// A 32-bit program: write(1, "hi\n", 3), then add_key(0, …), then exit with that call's error number.
 fn i386_program() -> Vec<u8> {
     const BASE: u32 = 0x0804_8000;

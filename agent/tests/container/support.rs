@@ -70,7 +70,7 @@ impl Bundle {
             "sh", "cat", "echo", "id", "ls", "mkdir", "mount", "umount", "ps", "stat", "sleep",
             "touch", "hostname", "env", "pwd", "tty", "stty", "readlink", "ip", "mknod", "dd",
             "test", "grep", "head", "wc", "uname", "chmod", "kill", "true", "unshare", "date",
-            "ln", "tr", "yes", "nproc",
+            "ln", "tr", "yes", "nproc", "cut",
         ] {
             symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
