@@ -159,6 +159,14 @@ pub(super) async fn launch<const N: usize>(
     let channel = spawn(job, &fds)?;
     // The child has its own copies: ours would keep the streams open.
     drop(io);
+    follow(channel, hooks).await
+}
+
+/// Follows a set-up to its gate.
+async fn follow<const N: usize>(
+    channel: AsyncChannel,
+    hooks: impl Fn(i32) -> [HooksJob; N],
+) -> Result<Launched, LaunchError> {
     let mut pid = None;
     let mut console = None;
     loop {
@@ -166,7 +174,8 @@ pub(super) async fn launch<const N: usize>(
             return Err(ended("during set-up"));
         };
         match (message, pid) {
-            (FromInit::Pid(child), _) => pid = Some(child),
+            // Once: the agent reaps and signals this one. 0 and below would be groups, 1 is the agent.
+            (FromInit::Pid(child), None) if child > 1 => pid = Some(child),
             (FromInit::Console, _) => console = received.into_iter().next(),
             (FromInit::RunHooks, Some(pid)) => {
                 for job in hooks(pid) {
@@ -227,4 +236,31 @@ fn ended(when: &str) -> LaunchError {
 
 fn unexpected(message: &FromInit) -> LaunchError {
     LaunchError::Internal(format!("container-init said {message:?} out of turn"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn told(pids: &[i32]) -> Result<Launched, LaunchError> {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let theirs = Channel::new(theirs);
+        for pid in pids {
+            theirs.send(&FromInit::Pid(*pid)).unwrap();
+        }
+        theirs.send(&FromInit::Ready).unwrap();
+        follow(AsyncChannel::new(ours).unwrap(), |_| []).await
+    }
+
+    #[tokio::test]
+    async fn a_pid_is_told_once_and_is_one_process() {
+        assert_eq!(told(&[7]).await.unwrap().pid, 7);
+        for bad in [&[7, 8][..], &[7, 7], &[1], &[0], &[-1], &[]] {
+            let error = told(bad).await.unwrap_err();
+            assert!(
+                error.to_string().contains("out of turn"),
+                "{bad:?}: {error}"
+            );
+        }
+    }
 }
