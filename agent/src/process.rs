@@ -4,7 +4,7 @@
 //! it. A container's phase is that of its init.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use tokio::sync::watch;
@@ -116,7 +116,8 @@ pub struct Process {
     phase: Mutex<Phase>,
     exit: ExitWatch,
     ended: watch::Sender<Option<Ended>>,
-    console: Option<Polled>,
+    /// The terminal's master, until the end.
+    console: Mutex<Option<Polled>>,
 }
 
 impl Process {
@@ -134,7 +135,7 @@ impl Process {
             phase: Mutex::new(phase),
             exit,
             ended: watch::Sender::new(None),
-            console,
+            console: Mutex::new(console),
         }
     }
 
@@ -172,6 +173,8 @@ impl Process {
         let _ = self.step(Step::Exit);
         let oom_killed = on_exit().await;
         let (stdout_bytes, stderr_bytes) = outputs.settle().await;
+        // A process is remembered long after its end, its terminal is not: the guest has only so many.
+        drop(self.console().take());
         self.ended.send_replace(Some(Ended {
             exit,
             stdout_bytes,
@@ -214,15 +217,25 @@ impl Process {
         })
     }
 
+    fn console(&self) -> MutexGuard<'_, Option<Polled>> {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Tells the terminal its size; its foreground processes get SIGWINCH.
     ///
     /// # Errors
-    /// [`AgentError::Invalid`] where the process has no terminal.
+    /// [`AgentError::Invalid`] where the process has no terminal, [`AgentError::Finished`] where it has ended.
     pub fn resize(&self, width: u16, height: u16) -> Result<(), AgentError> {
-        let console = self
-            .console
-            .as_ref()
-            .ok_or_else(|| AgentError::Invalid("the process has no terminal to resize".into()))?;
+        let console = self.console();
+        let console = match &*console {
+            Some(console) => console,
+            None if self.phase() == Phase::Exited => return Err(AgentError::Finished),
+            None => {
+                return Err(AgentError::Invalid(
+                    "the process has no terminal to resize".into(),
+                ));
+            }
+        };
         terminal::resize(console.get_ref(), width, height)
             .map_err(|e: io::Error| AgentError::guest("setting the size of the terminal", e))
     }
@@ -274,6 +287,30 @@ mod tests {
             }
             prop_assert!(starts <= 1, "an init starts at most once");
         }
+    }
+
+    #[tokio::test]
+    async fn a_terminal_goes_with_its_process() {
+        let reaper = Arc::new(Reaper::default());
+        let exit = reaper.launch().watch(7);
+        let pty = nix::pty::openpty(None, None).unwrap();
+        let console = crate::polled::polled(pty.master).unwrap();
+        let process = Process::new(
+            7,
+            Arc::clone(&reaper),
+            Phase::Running,
+            exit.clone(),
+            Some(Polled::clone(&console)),
+        );
+        let process = Arc::new(process);
+        process.resize(80, 25).unwrap();
+        reaper.ended(7, 0);
+        let follow = Arc::clone(&process).follow(exit, Outputs::default(), async || false);
+        follow.await;
+        assert!(process.has_ended());
+        assert_eq!(Arc::strong_count(&console), 1);
+        let refused = process.resize(80, 25).unwrap_err();
+        assert!(matches!(refused, AgentError::Finished), "{refused}");
     }
 
     #[test]

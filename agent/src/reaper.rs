@@ -173,6 +173,12 @@ impl Reaper {
         REAPS_AT_ONCE
     }
 
+    /// Has a child end that a test has made up.
+    #[cfg(test)]
+    pub(crate) fn ended(&self, pid: i32, status: u32) {
+        self.lock().ended(pid, Exit { status, at_ns: 1 });
+    }
+
     fn lock(&self) -> MutexGuard<'_, Children> {
         self.children.lock().unwrap_or_else(PoisonError::into_inner)
     }
