@@ -4,16 +4,17 @@
 //! waits for a single child, its reaper takes them all.
 
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{Hook, Spec};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use serde_json::json;
 
-use super::error::{LaunchError, OsError};
+use super::error::{LaunchError, OsError, Step};
 
 /// How much of a failed hook's stderr its error quotes.
 const MAX_QUOTE: u64 = 4096;
@@ -37,11 +38,40 @@ pub(crate) fn state_json(spec: &Spec, id: &str, status: &str, pid: i32) -> Strin
     .to_string()
 }
 
+/// A container's state as a file, for each hook's stdin. No pipe: writing to a hook that does not read would wait for it,
+/// whatever its timeout.
+#[derive(Debug)]
+pub(crate) struct State(File);
+
+impl State {
+    /// Writes the state down.
+    pub(crate) fn new(json: &str) -> Result<Self, LaunchError> {
+        let make = || -> io::Result<File> {
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+            let mut file = File::from(memfd_create("hook-state", flags)?);
+            file.write_all(json.as_bytes())?;
+            // One hook must not rewrite it for the next.
+            let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+            fcntl_add_seals(&file, seals)?;
+            Ok(file)
+        };
+        make()
+            .map(Self)
+            .step(|| "writing the state for hooks".to_owned())
+    }
+
+    fn stdin(&self) -> io::Result<Stdio> {
+        let mut file = self.0.try_clone()?;
+        file.rewind()?;
+        Ok(file.into())
+    }
+}
+
 /// Runs hooks one after another. The first failure ends it, unless they are all to be tried.
 pub(crate) fn run_all(
     kind: &str,
     hooks: &[Hook],
-    state: &str,
+    state: &State,
     keep_going: bool,
 ) -> Result<(), LaunchError> {
     let mut first_error = Ok(());
@@ -60,7 +90,7 @@ pub(crate) fn run_all(
     first_error
 }
 
-fn run(hook: &Hook, state: &str) -> Result<(), String> {
+fn run(hook: &Hook, state: &State) -> Result<(), String> {
     let mut command = Command::new(hook.path());
     if let Some((name, rest)) = hook.args().as_deref().and_then(<[String]>::split_first) {
         command.arg0(name).args(rest);
@@ -73,20 +103,15 @@ fn run(hook: &Hook, state: &str) -> Result<(), String> {
         }
     }
     // A file rather than a pipe: a hook that writes much must not wait for a reader.
-    let stderr = rustix::fs::memfd_create("hook-stderr", rustix::fs::MemfdFlags::CLOEXEC)
-        .map_err(|errno| errno.text())?;
+    let stderr = memfd_create("hook-stderr", MemfdFlags::CLOEXEC).map_err(|errno| errno.text())?;
     let mut stderr = File::from(stderr);
     let childs_stderr = stderr.try_clone().map_err(|error| error.text())?;
     let mut child = command
-        .stdin(Stdio::piped())
+        .stdin(state.stdin().map_err(|error| error.text())?)
         .stdout(Stdio::null())
         .stderr(childs_stderr)
         .spawn()
         .map_err(|error| error.text())?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A hook need not read it.
-        let _ = stdin.write_all(state.as_bytes());
-    }
     let status = wait(&mut child, hook.timeout())?;
     if status.success() {
         return Ok(());
@@ -136,15 +161,37 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out").display().to_string();
         let write = hook(&format!("cat > {out}; echo $A >> {out}"), None);
-        run_all("createRuntime", &[write], "state", false).unwrap();
+        run_all(
+            "createRuntime",
+            &[write],
+            &State::new("state").unwrap(),
+            false,
+        )
+        .unwrap();
         assert_eq!(std::fs::read_to_string(&out).unwrap(), "stateb\n");
         let fail = hook("echo reason >&2; exit 3", None);
-        let error = run_all("poststart", &[fail], "", false).unwrap_err();
+        let error = run_all("poststart", &[fail], &State::new("").unwrap(), false).unwrap_err();
         assert!(error.to_string().contains("poststart hook #0 /bin/sh"));
         assert!(error.to_string().contains("reason"), "{error}");
         let hang = hook("sleep 60", Some(0));
-        let error = run_all("prestart", &[hang], "", false).unwrap_err();
+        let error = run_all("prestart", &[hang], &State::new("").unwrap(), false).unwrap_err();
         assert!(error.to_string().contains("timeout"), "{error}");
+    }
+
+    #[test]
+    fn each_hook_reads_the_state_from_its_start_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out").display().to_string();
+        // More than a pipe holds.
+        let state = State::new(&"s".repeat(1 << 20)).unwrap();
+        let hang = hook("exec sleep 60", Some(0));
+        let error = run_all("prestart", &[hang], &state, false).unwrap_err();
+        assert!(error.to_string().contains("timeout"), "{error}");
+        let count = || hook(&format!("wc -c >> {out}"), None);
+        let scribble = hook("echo x >&0", Some(5));
+        assert!(run_all("prestart", &[count(), scribble], &state, false).is_err());
+        run_all("prestart", &[count()], &state, false).unwrap();
+        assert_eq!(std::fs::read_to_string(&out).unwrap(), "1048576\n1048576\n");
     }
 
     #[test]
@@ -152,7 +199,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out").display().to_string();
         let hooks = [hook("exit 1", None), hook(&format!("touch {out}"), None)];
-        assert!(run_all("poststop", &hooks, "", true).is_err());
+        assert!(run_all("poststop", &hooks, &State::new("").unwrap(), true).is_err());
         assert!(std::fs::exists(&out).unwrap());
     }
 }
