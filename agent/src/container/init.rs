@@ -20,6 +20,7 @@ use rustix::thread::set_no_new_privs;
 use super::channel::{Channel, from_memfd};
 use super::console::Console;
 use super::error::{LaunchError, OsError, Step};
+use super::hooks::State;
 use super::identity::{self, Identity};
 use super::job::{CreateJob, ExecJob, FromInit, HooksJob, Job, JobFollows, ToInit};
 use super::seccomp::Filter;
@@ -77,7 +78,8 @@ fn run(channel: &Channel) -> Result<(), LaunchError> {
             state,
             keep_going,
         }) => {
-            hooks::run_all(&kind, &hooks, &state, keep_going)?;
+            set_oom_score_adj(0)?;
+            hooks::run_all(&kind, &hooks, &State::new(&state)?, keep_going)?;
             channel
                 .send(&FromInit::Done)
                 .step(|| "reporting".to_owned())
@@ -114,6 +116,7 @@ fn create(
         identity::raise_hard_limits(process)?;
     }
     let shared_cgroup = (!listed(linux, LinuxNamespaceType::Cgroup)).then_some(&*job.cgroup);
+    namespaces::leave_agents_mounts()?;
     let prepared = rootfs::Prepare::open(spec, plan.has_user(), shared_cgroup)?;
     plan.enter(linux)?;
     let mut handshake = Handshake::new()?;
@@ -136,19 +139,21 @@ fn create(
     sysctl::apply(linux.sysctl().as_ref())?;
     let rootfs = prepared.assemble()?;
     create_hooks(channel, id, spec, pid)?;
-    rootfs.enter(Some(linux))?;
+    let entered = rootfs.enter(linux)?;
     let console = take_streams(channel, process, streams)?;
     if let Some(console) = console {
         console.bind_dev_console()?;
     }
-    rootfs::finish(spec)?;
+    entered.finish(spec)?;
+    // Before the filter, which need not allow what makes it.
+    let created = State::new(&hooks::state_json(spec, id, "created", pid))?;
     let program = Program::prepare(
         process,
         job.user_name.as_deref(),
         linux.seccomp().as_ref(),
         linux.personality().as_ref(),
     )?;
-    program.run(channel, || start_hooks(id, spec, pid))
+    program.run(channel, || start_hooks(spec, &created))
 }
 
 /// A further process of a container: both stages.
@@ -204,14 +209,17 @@ fn listed(linux: &Linux, typ: LinuxNamespaceType) -> bool {
 /// From here on everything counts against the container, and the kernel may kill it for memory.
 fn enter_cgroup(cgroup: &Path, init: Option<i32>, process: &Process) -> Result<(), LaunchError> {
     cgroup::join(cgroup, init)?;
-    // The agent's own value must not be inherited.
-    let adjustment = process.oom_score_adj().unwrap_or(0);
-    fs::write("/proc/self/oom_score_adj", adjustment.to_string())
-        .spec_step(|| format!("setting oomScoreAdj to {adjustment}"))?;
+    set_oom_score_adj(process.oom_score_adj().unwrap_or(0))?;
     // A process that is already inside could otherwise look into this one while it still holds the guest's
     // descriptors. execve undoes it.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .step(|| "closing the process to others".to_owned())
+}
+
+/// Sets the process's chance to be killed for memory: the agent's own, which is none, must not be inherited.
+fn set_oom_score_adj(adjustment: i32) -> Result<(), LaunchError> {
+    fs::write("/proc/self/oom_score_adj", adjustment.to_string())
+        .spec_step(|| format!("setting oomScoreAdj to {adjustment}"))
 }
 
 fn fork(namespaces: i32) -> Result<Forked, LaunchError> {
@@ -312,18 +320,17 @@ fn create_hooks(channel: &Channel, id: &str, spec: &Spec, pid: i32) -> Result<()
         }
     }
     let own = all.create_container().as_deref().unwrap_or_default();
-    let state = hooks::state_json(spec, id, "creating", pid);
+    let state = State::new(&hooks::state_json(spec, id, "creating", pid))?;
     hooks::run_all("createContainer", own, &state, false)
 }
 
-fn start_hooks(id: &str, spec: &Spec, pid: i32) -> Result<(), LaunchError> {
+fn start_hooks(spec: &Spec, state: &State) -> Result<(), LaunchError> {
     let own = spec
         .hooks()
         .as_ref()
         .and_then(|hooks| hooks.start_container().as_deref())
         .unwrap_or_default();
-    let state = hooks::state_json(spec, id, "created", pid);
-    hooks::run_all("startContainer", own, &state, false)
+    hooks::run_all("startContainer", own, state, false)
 }
 
 /// Puts the standard streams, or a terminal, on descriptors 0 to 2.

@@ -11,6 +11,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType, LinuxTimeOffset};
 
 use super::error::{LaunchError, Step};
+use super::mounts::set_root_propagation;
 use super::paths::open_file;
 use super::spec::has_path;
 
@@ -77,6 +78,14 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// Leaves the agent's mount namespace for a copy that ends with the launch. Opening a path on a virtio-fs share mounts what
+/// the host has mounted there, and in the agent's own namespace it would stay for good and keep the host from unmounting
+/// it. What the agent mounts still arrives.
+pub(crate) fn leave_agents_mounts() -> Result<(), LaunchError> {
+    unshare(CloneFlags::CLONE_NEWNS).step(|| "leaving the agent's mount namespace".to_owned())?;
+    set_root_propagation(libc::MS_SLAVE, true)
 }
 
 fn write_time_offsets(

@@ -122,43 +122,52 @@ pub(crate) struct Rootfs {
 
 impl Rootfs {
     /// Hides and protects what the spec says, makes the tree the root and lets go of the guest's. The
-    /// rootfs itself stays writable until [`finish`], for the terminal's mount point.
-    pub(crate) fn enter(self, linux: Option<&Linux>) -> Result<(), LaunchError> {
-        if let Some(linux) = linux {
-            for path in linux.readonly_paths().iter().flatten() {
-                protect(&self.root, Path::new(path))?;
-            }
-            for path in linux.masked_paths().iter().flatten() {
-                mask(&self.root, Path::new(path))?;
-            }
+    /// rootfs and its tmpfs stay writable until [`Entered::finish`], for the terminal's mount point.
+    pub(crate) fn enter(self, linux: &Linux) -> Result<Entered, LaunchError> {
+        for path in linux.readonly_paths().iter().flatten() {
+            protect(&self.root, Path::new(path))?;
         }
-        for mount in self.late_read_only {
-            make_read_only(&mount)?;
+        for path in linux.masked_paths().iter().flatten() {
+            mask(&self.root, Path::new(path))?;
         }
         fchdir(&self.root).step(|| "entering the rootfs".to_owned())?;
         pivot_root(".", ".").step(|| "pivot_root".to_owned())?;
         // The old root lies on top of the new one now, and "." is the old one.
         unmount(".", UnmountFlags::DETACH).step(|| "unmounting the old root".to_owned())?;
-        chdir("/").step(|| "chdir to the new root".to_owned())
+        chdir("/").step(|| "chdir to the new root".to_owned())?;
+        Ok(Entered {
+            late_read_only: self.late_read_only,
+        })
     }
 }
 
-/// The last settings of the root mount itself.
-pub(crate) fn finish(spec: &Spec) -> Result<(), LaunchError> {
-    let propagation = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.rootfs_propagation().as_deref())
-        .and_then(Propagation::parse);
-    if let Some(propagation) = propagation {
-        set_root_propagation(propagation.kind, propagation.recursive)?;
+/// The process's root, still writable where it is not to stay so.
+#[derive(Debug)]
+pub(crate) struct Entered {
+    late_read_only: Vec<OwnedFd>,
+}
+
+impl Entered {
+    /// The last settings of the mounts, the root's among them.
+    pub(crate) fn finish(self, spec: &Spec) -> Result<(), LaunchError> {
+        for mount in self.late_read_only {
+            make_read_only(&mount)?;
+        }
+        let propagation = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.rootfs_propagation().as_deref())
+            .and_then(Propagation::parse);
+        if let Some(propagation) = propagation {
+            set_root_propagation(propagation.kind, propagation.recursive)?;
+        }
+        let read_only = spec.root().as_ref().and_then(|root| root.readonly()) == Some(true);
+        if read_only {
+            let root = paths::open_guest(Path::new("/")).step(|| "opening /".to_owned())?;
+            make_read_only(&root)?;
+        }
+        Ok(())
     }
-    let read_only = spec.root().as_ref().and_then(|root| root.readonly()) == Some(true);
-    if read_only {
-        let root = paths::open_guest(Path::new("/")).step(|| "opening /".to_owned())?;
-        make_read_only(&root)?;
-    }
-    Ok(())
 }
 
 /// runc makes a missing working directory, owned by root.

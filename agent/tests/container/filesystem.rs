@@ -113,6 +113,35 @@ async fn binds_with_options() {
     );
 }
 
+/// debugfs mounts tracefs at its `tracing` when that is opened, as a virtio-fs share mounts what the host has there.
+#[tokio::test]
+async fn what_opening_a_source_mounts_goes_with_the_launch() {
+    let bundle = Bundle::sh("ls /automounted | grep -c trace");
+    let debug = bundle.directory.path().join("debug");
+    fs::create_dir(&debug).unwrap();
+    nix::mount::mount(
+        Some("debugfs"),
+        &debug,
+        Some("debugfs"),
+        nix::mount::MsFlags::empty(),
+        None::<&str>,
+    )
+    .unwrap();
+    let automounts = fs::read_dir(&debug)
+        .unwrap()
+        .any(|entry| entry.unwrap().file_name() == "tracing");
+    let output = bundle
+        .with_mount(json!({"destination": "/automounted", "source": debug.join("tracing"), "options": ["rbind"]}))
+        .run()
+        .await;
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    nix::mount::umount2(&debug, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    assert!(automounts, "this kernel has no tracefs");
+    assert_ne!(output.stdout, "0\n", "{output:?}");
+    let left = format!("{}/tracing", debug.display());
+    assert!(!table.contains(&left), "{table}");
+}
+
 #[tokio::test]
 async fn mount_options_reach_the_kernel() {
     let output = Bundle::sh("grep -E ' /(m|n|o) ' /proc/self/mounts")

@@ -281,10 +281,23 @@ async fn exec_in_a_dead_or_paused_container() {
 
 #[tokio::test]
 async fn a_terminal_is_the_containers_own() {
-    let bundle =
-        Bundle::sh("tty; stty size; test -t 0 && test -t 2 && echo yes; ls /dev/console; exit 3")
-            .with("/process/terminal", json!(true))
-            .with("/process/consoleSize", json!({"height": 33, "width": 101}));
+    check_terminal(Bundle::sh(TERMINAL)).await;
+}
+
+#[tokio::test]
+async fn a_terminal_on_a_read_only_dev() {
+    let script = format!("touch /dev/new 2> /dev/null && echo writable; {TERMINAL}");
+    let dev = json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "ro"]});
+    check_terminal(Bundle::sh(&script).with("/mounts/1", dev)).await;
+}
+
+const TERMINAL: &str =
+    "tty; stty size; test -t 0 && test -t 2 && echo yes; ls /dev/console; exit 3";
+
+async fn check_terminal(bundle: Bundle) {
+    let bundle = bundle
+        .with("/process/terminal", json!(true))
+        .with("/process/consoleSize", json!({"height": 33, "width": 101}));
     let (container, launched) =
         Container::create(&bundle.id, bundle.spec.to_string().as_bytes(), Io::Terminal)
             .await
@@ -407,6 +420,19 @@ async fn hooks_run_where_they_belong() {
         "prestart \"status\":\"creating\"\ncreateRuntime \"status\":\"creating\"\n\
          createContainer \"status\":\"creating\"\npoststart \"status\":\"running\"\npoststop \"status\":\"stopped\"\n"
     );
+}
+
+#[tokio::test]
+async fn hooks_do_not_inherit_the_agents_oom_score() {
+    // PID 1 has -1000, which not every root may set. The other tests' containers set their own.
+    fs::write("/proc/self/oom_score_adj", "321").unwrap();
+    let bundle = Bundle::sh("true");
+    let log = bundle.directory.path().join("log");
+    let script = format!("cat /proc/self/oom_score_adj > {}", log.display());
+    let hook = json!({"poststop": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+    let bundle = bundle.with("/hooks", hook);
+    bundle.run().await;
+    assert_eq!(fs::read_to_string(log).unwrap(), "0\n");
 }
 
 #[tokio::test]

@@ -101,7 +101,10 @@ impl Bundle {
     /// Sets a field by its JSON pointer.
     pub fn with(mut self, pointer: &str, value: Value) -> Self {
         let (parent, key) = pointer.rsplit_once('/').unwrap();
-        self.spec.pointer_mut(parent).unwrap()[key] = value;
+        match self.spec.pointer_mut(parent).unwrap() {
+            Value::Array(list) => list[key.parse::<usize>().unwrap()] = value,
+            object => object[key] = value,
+        }
         self
     }
 
