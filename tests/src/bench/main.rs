@@ -79,9 +79,12 @@ fn run(out: &Path) -> Result<()> {
         }
     }
     let mut table = Table::default();
+    eprintln!("measuring starts, {SAMPLES} of each runtime");
     start(&bench, &mut table)?;
+    eprintln!("measuring the memory of an idle pod");
     memory::idle_pod(&bench, &mut table)?;
     sizes(&bench, &mut table)?;
+    eprintln!("measuring files");
     files::measure(&bench, &mut table)?;
     table.print();
     let path = out.join("bench.json");

@@ -1,6 +1,6 @@
 //! What an idle pod costs the host.
 
-use std::fs;
+use std::{fs, thread, time::Duration};
 
 use anyhow::{Context, Result};
 use husk_tests::{ctr, host, runtime::Runtime};
@@ -9,6 +9,10 @@ use crate::{Bench, Row, SAMPLES, Table};
 
 /// No mapping of the VMM but the guest's RAM is this large, in KiB.
 const GUEST_RAM_KIB: u64 = 100 * 1024;
+
+/// How long a pod has been idle when it is measured: its guest gives back what the start has freed (after two seconds,
+/// Linux mm/page_reporting.c).
+const SETTLE: Duration = Duration::from_secs(5);
 
 /// PSS of shim and VMM without guest RAM, and the guest RAM that the host has backed. Beside it what the other runtimes'
 /// own processes of such a container take: runc's shim, gVisor's shim, sandbox (its kernel) and gofer.
@@ -23,6 +27,7 @@ pub fn idle_pod(bench: &Bench, table: &mut Table) -> Result<()> {
                     .containerd
                     .run_command(runtime, &id, &["--detach"], &["sleep", "1000"]);
             ctr::output(&mut command)?.ok()?;
+            thread::sleep(SETTLE);
             let pss = match runtime {
                 Runtime::Husk => {
                     let (own, guest) = pod(&id)?;
