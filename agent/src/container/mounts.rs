@@ -14,8 +14,9 @@ use oci_spec::runtime::Mount;
 use rustix::fs::{CWD, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    fspick, move_mount, open_tree,
 };
 
 use super::copy_up;
@@ -167,6 +168,7 @@ impl<'a> Prepared<'a> {
             .map_err(|errno| failed(mount, &format!("create mountpoint: {}", errno.text())))?;
         check_proc(mount, &destination, &target)?;
         if options.remount {
+            reconfigure(&options, &target).map_err(|reason| failed(mount, &reason))?;
             return apply(mount, &options, &target, false).map(|()| None);
         }
         let late_read_only = source.is_none()
@@ -329,7 +331,45 @@ fn file_system(
         data.push(("mode", Some(mode)));
     }
     let source = mount.source().as_deref().and_then(Path::to_str);
-    new_file_system(typ, source, &options.superblock, &data)
+    let mut flags = options.superblock.clone();
+    let read_only = options.attributes.set | options.recursive_attributes.set;
+    // A mount that is read-only does not keep a file system from writing to its disk: a journal is replayed, a disk that is
+    // read-only itself refused. Of the others one file system may have many mounts, and some are to be written to.
+    if read_only & attr::RDONLY != 0 && is_on_disk(typ, &known_file_systems()) {
+        flags.push("ro");
+    }
+    new_file_system(typ, source, &flags, &data)
+}
+
+/// The guest kernel's list: a type a line, after `nodev` where it is not on a disk.
+fn known_file_systems() -> String {
+    std::fs::read_to_string("/proc/filesystems").unwrap_or_default()
+}
+
+fn is_on_disk(typ: &str, file_systems: &str) -> bool {
+    file_systems
+        .lines()
+        .any(|line| line.strip_prefix('\t') == Some(typ))
+}
+
+/// Gives the file system at `target` the options of a remount that are not the mount's alone. (A remount of a bind is: the
+/// kernel, too, ignores the rest then.)
+fn reconfigure(options: &MountOptions, target: &OwnedFd) -> Result<(), String> {
+    let nothing = options.superblock.is_empty() && options.data.is_empty();
+    if nothing || options.bind.is_some() {
+        return Ok(());
+    }
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let fs = fspick(target, "", flags).map_err(|errno| errno.text())?;
+    let data: Vec<_> = options
+        .data
+        .iter()
+        .map(|(key, value)| (key.as_str(), value.as_deref()))
+        .collect();
+    in_kernels_words(&fs, || {
+        configure(&fs, &options.superblock, &data)?;
+        fsconfig_reconfigure(&fs).map_err(|errno| (errno, "remount".to_owned()))
+    })
 }
 
 /// Makes a new file system and a detached mount of it, or says why not in the kernel's own words.
@@ -343,27 +383,42 @@ pub(crate) fn new_file_system(
         Errno::NODEV => format!("the guest's kernel has no file system {typ:?}"),
         errno => errno.text(),
     })?;
-    let configure = || -> Result<OwnedFd, (Errno, String)> {
+    in_kernels_words(&fs, || {
         let named = |what: &str, errno| (errno, what.to_owned());
         if let Some(source) = source.filter(|source| !source.is_empty()) {
             fsconfig_set_string(&fs, "source", source).map_err(|e| named("source", e))?;
         }
-        for flag in flags {
-            fsconfig_set_flag(&fs, *flag).map_err(|e| named(flag, e))?;
-        }
-        for (key, value) in data {
-            match value {
-                Some(value) => fsconfig_set_string(&fs, *key, *value),
-                None => fsconfig_set_flag(&fs, *key),
-            }
-            .map_err(|e| named(key, e))?;
-        }
+        configure(&fs, flags, data)?;
         fsconfig_create(&fs).map_err(|e| named("mount", e))?;
         fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
             .map_err(|e| named("mount", e))
-    };
-    configure().map_err(|(errno, what)| {
-        let said = kernel_log(&fs);
+    })
+}
+
+/// Sets flags and options of a file system context. The error names the one that it does not take.
+fn configure(
+    fs: &OwnedFd,
+    flags: &[&str],
+    data: &[(&str, Option<&str>)],
+) -> Result<(), (Errno, String)> {
+    let flags = flags.iter().map(|flag| (*flag, None));
+    for (key, value) in flags.chain(data.iter().copied()) {
+        match value {
+            Some(value) => fsconfig_set_string(fs, key, value),
+            None => fsconfig_set_flag(fs, key),
+        }
+        .map_err(|errno| (errno, key.to_owned()))?;
+    }
+    Ok(())
+}
+
+/// Does something with a file system context, and adds to its error what the kernel says about it.
+fn in_kernels_words<T>(
+    fs: &OwnedFd,
+    work: impl FnOnce() -> Result<T, (Errno, String)>,
+) -> Result<T, String> {
+    work().map_err(|(errno, what)| {
+        let said = kernel_log(fs);
         if said.is_empty() {
             format!("{what}: {}", errno.text())
         } else {
@@ -412,4 +467,20 @@ pub(crate) fn set_root_propagation(kind: u64, recursive: bool) -> Result<(), Lau
     .step(|| "opening /".to_owned())?;
     set_propagation(&root, kind, recursive)
         .step(|| "setting the propagation of the rootfs".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_on_a_disk() {
+        let list = "nodev\tsysfs\nnodev\ttmpfs\n\text4\n\tsquashfs\nnodev\toverlay\n\tfuseblk\nnodev\tfuse\n";
+        for typ in ["ext4", "squashfs", "fuseblk"] {
+            assert!(is_on_disk(typ, list), "{typ}");
+        }
+        for typ in ["sysfs", "tmpfs", "overlay", "fuse", "xfs", "", "ext"] {
+            assert!(!is_on_disk(typ, list), "{typ}");
+        }
+    }
 }

@@ -1,7 +1,9 @@
 //! The rootfs, its mounts and devices.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::{Command, Stdio};
 
 use serde_json::json;
 
@@ -174,6 +176,75 @@ async fn mount_options_reach_the_kernel() {
     assert!(
         lines[2].contains("relatime") && lines[2].contains("nosymfollow"),
         "{lines:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_remount_changes_the_mount_and_its_file_system() {
+    let mount = |options: &[&str]| json!({"destination": "/m", "type": "tmpfs", "source": "src", "options": options});
+    let remounted = |options: &'static [&str]| {
+        Bundle::sh("grep ' /m ' /proc/self/mounts")
+            .with_mount(mount(&["size=1m", "mode=700"]))
+            .with_mount(mount(options))
+    };
+    let output = remounted(&["remount", "nosuid", "size=2m"]).run().await;
+    for option in ["size=2048k", "mode=700", "nosuid"] {
+        assert!(
+            output.stdout.split([' ', ',']).any(|o| o == option),
+            "{option}: {output:?}"
+        );
+    }
+    // Of a bind only the mount is remounted.
+    let bind = remounted(&["bind", "remount", "size=2m", "ro"]).run().await;
+    assert!(bind.stdout.contains("size=1024k"), "{bind:?}");
+    assert!(bind.stdout.contains(" ro,"), "{bind:?}");
+    let error = remounted(&["remount", "nonsense=1"]).fail().await;
+    assert!(error.to_string().contains("nonsense"), "{error}");
+}
+
+/// The mount alone being read-only, a disk that is read-only could not be mounted at all.
+#[tokio::test]
+async fn a_read_only_mount_of_a_disk_is_a_read_only_file_system() {
+    let bundle = Bundle::sh("grep ' /disk ' /proc/self/mountinfo");
+    let image = bundle.directory.path().join("image");
+    fs::File::create(&image).unwrap().set_len(4 << 20).unwrap();
+    // Its status goes to the reaper of these tests: what it prints tells as much.
+    let shell = |script: &str| {
+        let child = Command::new("sh")
+            .args(["-c", script])
+            .arg(&image)
+            .stdout(Stdio::piped())
+            .spawn();
+        let mut printed = String::new();
+        let mut stdout = child.unwrap().stdout.unwrap();
+        stdout.read_to_string(&mut printed).unwrap();
+        printed
+    };
+    let device = shell(r#"mke2fs -q -t ext4 "$0" && losetup --find --show --read-only "$0""#);
+    let device = device.trim();
+    if device.is_empty() {
+        println!("NOT RUN: no mke2fs, or no loop devices, on this machine");
+        return;
+    }
+    let output = bundle
+        .with_mount(
+            json!({"destination": "/disk", "type": "ext4", "source": device, "options": ["ro"]}),
+        )
+        .with(
+            "/linux/resources/devices",
+            json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "b", "major": 7, "access": "r"}]),
+        )
+        .create()
+        .await;
+    // Gone with its last mount.
+    shell(&format!("losetup --detach {device}"));
+    let waiting = output.unwrap();
+    let output = waiting.streams.finish(waiting.launched).await.unwrap();
+    waiting.container.delete().await.unwrap();
+    let (_, file_system) = output.stdout.split_once(" - ").unwrap();
+    assert!(
+        file_system.trim_end().split([' ', ',']).any(|o| o == "ro"),
+        "{output:?}"
     );
 }
 
