@@ -371,20 +371,18 @@ async fn a_terminal_comes_from_devpts_alone() {
 
 #[tokio::test]
 async fn session_keyrings_have_no_name_to_join_them_by() {
-    let (container, pid, _streams) = Bundle::sh("sleep 1000")
-        .with("/linux/maskedPaths", json!([]))
-        .create()
-        .await
-        .unwrap()
-        .start()
-        .await;
+    let bundle = Bundle::sh("sleep 1000").with("/linux/maskedPaths", json!([]));
+    let (container, pid, _streams) = bundle.create().await.unwrap().start().await;
     // Serial, flags, references, expiry, permissions, owner, group, type, name.
     let session = "grep ' _ses' /proc/keys | tr -s ' ' | cut -d ' ' -f 1,9";
     let first = exec_sh(&container, session).await;
     let second = exec_sh(&container, session).await;
     for output in [&first, &second] {
         assert!(output.stdout.contains(" _ses:"), "{output:?}");
-        assert!(!output.stdout.contains("_ses."), "{output:?}");
+        for name in [&bundle.id, "exec"] {
+            let named = format!("_ses.{name}:");
+            assert!(!output.stdout.contains(&named), "{output:?}");
+        }
     }
     assert_ne!(first.stdout, second.stdout);
     destroy(container, pid).await;
