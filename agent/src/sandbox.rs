@@ -19,6 +19,7 @@ use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd::{SysconfVar, sethostname, sysconf};
 
+use crate::container::sysctl;
 use crate::error::AgentError;
 
 /// Most entropy a request may carry, in bytes.
@@ -43,50 +44,69 @@ pub struct Milestones {
     pub dialled_ns: u64,
 }
 
-/// Sets the guest up as asked. Blocks on the host's file server: not for the runtime's own thread.
-///
-/// # Errors
-/// [`AgentError::Invalid`] before anything is changed, [`AgentError::Guest`] naming the step that failed.
-pub fn set_up(
-    request: &CreateSandboxRequest,
-    milestones: Milestones,
-) -> Result<CreateSandboxResponse, AgentError> {
-    let sysctls = check(request)?;
-    if request.wall_clock_ns != 0 {
-        set_clock(request.wall_clock_ns).map_err(|e| AgentError::guest("setting the clock", e))?;
-    }
-    if !request.entropy.is_empty() {
-        add_entropy(&request.entropy)
-            .map_err(|e| AgentError::guest("seeding the random pool", e))?;
-    }
-    if !request.hostname.is_empty() {
-        sethostname(&request.hostname).map_err(|e| {
-            AgentError::guest(format!("setting the host name {:?}", request.hostname), e)
-        })?;
-    }
-    if let Some(text) = resolv_conf(request) {
-        fs::create_dir_all("/etc")
-            .and_then(|()| fs::write("/etc/resolv.conf", text))
-            .map_err(|e| AgentError::guest("writing /etc/resolv.conf", e))?;
-    }
-    for (file, value) in sysctls {
-        fs::write(&file, value).map_err(|e| {
-            AgentError::guest(format!("writing {value:?} to {}", file.display()), e)
-        })?;
-    }
-    for share in &request.shares {
-        mount_share(share).map_err(|e| {
-            AgentError::guest(
-                format!("mounting the share {:?} at {}", share.tag, share.path),
-                e,
-            )
-        })?;
-    }
-    describe(milestones).map_err(|e| AgentError::guest("describing the guest", e))
+/// A request that can be carried out: everything that can be wrong with one has been checked.
+#[derive(Debug)]
+pub struct Plan {
+    request: CreateSandboxRequest,
+    /// The files of the request's sysctls, with their values.
+    sysctls: Vec<(PathBuf, String)>,
 }
 
-/// Checks everything that can be wrong with a request, and finds the files of its sysctls.
-fn check(request: &CreateSandboxRequest) -> Result<Vec<(PathBuf, &str)>, AgentError> {
+impl Plan {
+    /// Checks a request; changes nothing.
+    ///
+    /// # Errors
+    /// [`AgentError::Invalid`] and [`AgentError::Unsupported`] for what cannot be carried out.
+    pub fn new(request: CreateSandboxRequest) -> Result<Self, AgentError> {
+        check(&request)?;
+        Ok(Self {
+            sysctls: sysctl_files(&request.sysctls)?,
+            request,
+        })
+    }
+
+    /// Sets the guest up as asked. Blocks on the host's file server: not for the runtime's own thread.
+    ///
+    /// # Errors
+    /// [`AgentError::Guest`] naming the step that failed.
+    pub fn set_up(self, milestones: Milestones) -> Result<CreateSandboxResponse, AgentError> {
+        let Self { request, sysctls } = self;
+        if request.wall_clock_ns != 0 {
+            set_clock(request.wall_clock_ns)
+                .map_err(|e| AgentError::guest("setting the clock", e))?;
+        }
+        if !request.entropy.is_empty() {
+            add_entropy(&request.entropy)
+                .map_err(|e| AgentError::guest("seeding the random pool", e))?;
+        }
+        if !request.hostname.is_empty() {
+            sethostname(&request.hostname).map_err(|e| {
+                AgentError::guest(format!("setting the host name {:?}", request.hostname), e)
+            })?;
+        }
+        if let Some(text) = resolv_conf(&request) {
+            fs::create_dir_all("/etc")
+                .and_then(|()| fs::write("/etc/resolv.conf", text))
+                .map_err(|e| AgentError::guest("writing /etc/resolv.conf", e))?;
+        }
+        for (file, value) in sysctls {
+            fs::write(&file, &value).map_err(|e| {
+                AgentError::guest(format!("writing {value:?} to {}", file.display()), e)
+            })?;
+        }
+        for share in &request.shares {
+            mount_share(share).map_err(|e| {
+                AgentError::guest(
+                    format!("mounting the share {:?} at {}", share.tag, share.path),
+                    e,
+                )
+            })?;
+        }
+        describe(milestones).map_err(|e| AgentError::guest("describing the guest", e))
+    }
+}
+
+fn check(request: &CreateSandboxRequest) -> Result<(), AgentError> {
     if !request.interfaces.is_empty() || !request.routes.is_empty() {
         return Err(AgentError::Unsupported(
             "this agent configures no network interfaces or routes yet: ask for none",
@@ -112,40 +132,19 @@ fn check(request: &CreateSandboxRequest) -> Result<Vec<(PathBuf, &str)>, AgentEr
             )));
         }
     }
-    sysctl_files(&request.sysctls)
+    Ok(())
 }
 
-fn sysctl_files(sysctls: &HashMap<String, String>) -> Result<Vec<(PathBuf, &str)>, AgentError> {
+fn sysctl_files(sysctls: &HashMap<String, String>) -> Result<Vec<(PathBuf, String)>, AgentError> {
     sysctls
         .iter()
-        .map(|(name, value)| match sysctl_file(name) {
-            Some(file) => Ok((file, value.as_str())),
+        .map(|(name, value)| match sysctl::file(name) {
+            Some(file) => Ok((file, value.clone())),
             None => Err(AgentError::Invalid(format!(
                 "{name:?} is not the name of a sysctl"
             ))),
         })
         .collect()
-}
-
-/// Where a sysctl lives. As with sysctl(8), the first separator decides what separates, and the other one is then
-/// part of a name: `net.ipv4.conf.eth0/1.forwarding`.
-fn sysctl_file(name: &str) -> Option<PathBuf> {
-    let dotted = name
-        .find(['.', '/'])
-        .is_none_or(|at| name.get(at..=at) == Some("."));
-    let mut file = PathBuf::from("/proc/sys");
-    for part in name.split(if dotted { '.' } else { '/' }) {
-        let part = if dotted {
-            part.replace('/', ".")
-        } else {
-            part.to_owned()
-        };
-        if part.is_empty() || part == "." || part == ".." || part.contains('\0') {
-            return None;
-        }
-        file.push(part);
-    }
-    Some(file)
 }
 
 fn set_clock(since_epoch_ns: u64) -> nix::Result<()> {
@@ -245,34 +244,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sysctl_name_becomes_a_file_below_proc_sys() {
-        let file = |name| sysctl_file(name).map(|file| file.display().to_string());
-        assert_eq!(
-            file("net.ipv4.ip_forward").as_deref(),
-            Some("/proc/sys/net/ipv4/ip_forward")
-        );
-        assert_eq!(
-            file("net/ipv4/conf/eth0.1/forwarding").as_deref(),
-            Some("/proc/sys/net/ipv4/conf/eth0.1/forwarding")
-        );
-        assert_eq!(
-            file("net.ipv4.conf.eth0/1.forwarding").as_deref(),
-            Some("/proc/sys/net/ipv4/conf/eth0.1/forwarding")
-        );
-        for bad in [
-            "",
-            ".",
-            "a..b",
-            "../x",
-            "a/../../etc",
-            "/etc/passwd",
-            "kernel.//",
-        ] {
-            assert_eq!(file(bad), None, "{bad:?}");
-        }
-    }
-
-    #[test]
     fn the_resolver_gets_what_was_asked() {
         let mut request = CreateSandboxRequest::new();
         assert_eq!(resolv_conf(&request), None);
@@ -290,7 +261,7 @@ mod tests {
         let refused = |change: fn(&mut CreateSandboxRequest)| {
             let mut request = CreateSandboxRequest::new();
             change(&mut request);
-            check(&request).unwrap_err().code()
+            Plan::new(request).unwrap_err().code()
         };
         assert_eq!(
             refused(|r| r.interfaces.push(Default::default())),

@@ -114,12 +114,14 @@ impl<R: Runtime> Agent for Service<R> {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
+        // First: a request that is refused has set nothing up, and its like may follow.
+        let plan = sandbox::Plan::new(request)?;
         if self.set_up.swap(true, Ordering::Relaxed) {
             return Err(AgentError::SandboxExists.into());
         }
         let milestones = self.milestones;
         to_its_end(async move {
-            tokio::task::spawn_blocking(move || sandbox::set_up(&request, milestones))
+            tokio::task::spawn_blocking(move || plan.set_up(milestones))
                 .await
                 .map_err(|e| AgentError::guest("setting the sandbox up", io::Error::other(e)))?
         })

@@ -28,7 +28,7 @@ mod scheduling;
 mod seccomp;
 mod spec;
 pub(crate) mod sys;
-mod sysctl;
+pub(crate) mod sysctl;
 mod unsupported;
 
 use std::os::fd::OwnedFd;

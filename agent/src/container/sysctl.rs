@@ -24,40 +24,52 @@ const IPC: [&str; 8] = [
 ];
 
 /// `net/ipv4/x` and `net.ipv4.x` are one parameter. As sysctl(8) has it, the first separator decides: after
-/// a slash, dots are part of a name (an interface's, say).
-fn components(name: &str) -> Vec<String> {
+/// a slash, dots are part of a name (an interface's, say), and after a dot `eth0/1` is what `eth0.1` has to be written as.
+/// `None` for a name that leads elsewhere.
+fn components(name: &str) -> Option<Vec<String>> {
     let slash_first = name
         .chars()
         .find(|c| matches!(c, '.' | '/'))
         .is_some_and(|c| c == '/');
-    if slash_first {
+    let parts: Vec<String> = if slash_first {
         name.split('/').map(str::to_owned).collect()
     } else {
         name.split('.').map(|part| part.replace('/', ".")).collect()
-    }
+    };
+    let plain = parts
+        .iter()
+        .all(|part| !part.is_empty() && part != "." && part != ".." && !part.contains('\0'));
+    plain.then_some(parts)
+}
+
+/// Where a parameter lives; `None` where its name is none.
+pub(crate) fn file(name: &str) -> Option<PathBuf> {
+    let mut file = PathBuf::from("/proc/sys");
+    file.extend(components(name)?);
+    Some(file)
+}
+
+fn outside(name: &str) -> LaunchError {
+    LaunchError::invalid(format!(
+        "sysctl {name:?} is not in a separate kernel namespace"
+    ))
 }
 
 /// Refuses parameters that no namespace contains, and names that lead elsewhere.
 pub(crate) fn check(sysctls: Option<&HashMap<String, String>>) -> Result<(), LaunchError> {
     for name in sysctls.into_iter().flat_map(HashMap::keys) {
-        let parts = components(name);
-        let dotted = parts.join(".");
-        let plain = parts
-            .iter()
-            .all(|part| !part.is_empty() && part != "." && part != ".." && !part.contains('\0'));
-        let allowed = IPC.contains(&dotted.as_str())
-            || dotted.starts_with("fs.mqueue.")
-            || dotted.starts_with("net.")
-            || dotted == "kernel.domainname";
+        let dotted = components(name).ok_or_else(|| outside(name))?.join(".");
         if dotted == "kernel.hostname" {
             return Err(LaunchError::invalid(
                 "sysctl \"kernel.hostname\" is not allowed as it conflicts with the OCI \"hostname\" field",
             ));
         }
-        if !plain || !allowed {
-            return Err(LaunchError::invalid(format!(
-                "sysctl {name:?} is not in a separate kernel namespace"
-            )));
+        let allowed = IPC.contains(&dotted.as_str())
+            || dotted.starts_with("fs.mqueue.")
+            || dotted.starts_with("net.")
+            || dotted == "kernel.domainname";
+        if !allowed {
+            return Err(outside(name));
         }
     }
     Ok(())
@@ -66,8 +78,7 @@ pub(crate) fn check(sysctls: Option<&HashMap<String, String>>) -> Result<(), Lau
 /// Writes them, from inside the container's namespaces, through the guest's /proc.
 pub(crate) fn apply(sysctls: Option<&HashMap<String, String>>) -> Result<(), LaunchError> {
     for (name, value) in sysctls.into_iter().flatten() {
-        let mut path = PathBuf::from("/proc/sys");
-        path.extend(components(name));
+        let path = file(name).ok_or_else(|| outside(name))?;
         OpenOptions::new()
             .write(true)
             .open(&path)
@@ -107,7 +118,28 @@ mod tests {
         ] {
             assert!(!verdict(bad), "{bad}");
         }
-        assert_eq!(components("net/ipv4/conf/eth0.1/f")[3], "eth0.1");
-        assert_eq!(components("net.ipv4.conf.eth0/1.f")[3], "eth0.1");
+    }
+
+    #[test]
+    fn a_name_becomes_a_file_below_proc_sys() {
+        let file = |name| file(name).map(|file| file.display().to_string());
+        for (name, path) in [
+            ("net.ipv4.ip_forward", "net/ipv4/ip_forward"),
+            ("net/ipv4/conf/eth0.1/f", "net/ipv4/conf/eth0.1/f"),
+            ("net.ipv4.conf.eth0/1.f", "net/ipv4/conf/eth0.1/f"),
+        ] {
+            assert_eq!(file(name), Some(format!("/proc/sys/{path}")));
+        }
+        for bad in [
+            "",
+            ".",
+            "a..b",
+            "../x",
+            "a/../../etc",
+            "/etc/passwd",
+            "kernel.//",
+        ] {
+            assert_eq!(file(bad), None, "{bad:?}");
+        }
     }
 }
