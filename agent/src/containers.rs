@@ -410,7 +410,12 @@ impl<H: Handle> Entry<H> {
             return self.handle.kill().map_err(failed);
         }
         for pid in procs {
-            signal_unwatched(pid, signal);
+            if pid == self.init.pid() {
+                // It may have ended by now, like the others.
+                let _ = self.init.signal(signal);
+            } else {
+                signal_unwatched(pid, signal);
+            }
         }
         Ok(())
     }

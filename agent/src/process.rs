@@ -4,7 +4,7 @@
 //! it. A container's phase is that of its init.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use tokio::sync::watch;
@@ -116,6 +116,8 @@ pub struct Process {
     phase: Mutex<Phase>,
     exit: ExitWatch,
     ended: watch::Sender<Option<Ended>>,
+    /// The signal that it was ended by before it had started, whatever the kernel says.
+    ended_by: OnceLock<i32>,
     /// The terminal's master, until the end.
     console: Mutex<Option<Polled>>,
 }
@@ -135,6 +137,7 @@ impl Process {
             phase: Mutex::new(phase),
             exit,
             ended: watch::Sender::new(None),
+            ended_by: OnceLock::new(),
             console: Mutex::new(console),
         }
     }
@@ -166,9 +169,14 @@ impl Process {
         F: FnOnce() -> Fut,
         Fut: Future<Output = bool>,
     {
-        let Some(exit) = watch.exit().await else {
+        let Some(mut exit) = watch.exit().await else {
             return;
         };
+        if let Some(signal) = self.ended_by.get()
+            && exit.status == by_signal(libc::SIGKILL)
+        {
+            exit.status = by_signal(*signal);
+        }
         // An exit is possible in every phase.
         let _ = self.step(Step::Exit);
         let oom_killed = on_exit().await;
@@ -203,12 +211,19 @@ impl Process {
         self.ended.borrow().is_some()
     }
 
-    /// Signals this one process.
+    /// Signals this one process. One that has not started is ended by every signal that ends a program which does not
+    /// care: the kernel keeps all but SIGKILL from the init of a pid namespace that has no handlers.
     ///
     /// # Errors
     /// [`AgentError::Finished`] where it has ended.
     pub fn signal(&self, signal: i32) -> Result<(), AgentError> {
-        self.reaper.signal(self.pid, signal).map_err(|e| {
+        let mut sent = signal;
+        if self.phase() == Phase::Created && ends_by_default(signal) {
+            sent = libc::SIGKILL;
+            // The first one counts.
+            let _ = self.ended_by.set(signal);
+        }
+        self.reaper.signal(self.pid, sent).map_err(|e| {
             if e.raw_os_error() == Some(Errno::ESRCH as i32) {
                 AgentError::Finished
             } else {
@@ -239,6 +254,26 @@ impl Process {
         terminal::resize(console.get_ref(), width, height)
             .map_err(|e: io::Error| AgentError::guest("setting the size of the terminal", e))
     }
+}
+
+/// The exit status of a process that a signal ended.
+fn by_signal(signal: i32) -> u32 {
+    128 + signal.unsigned_abs()
+}
+
+/// Whether a signal ends a process that neither handles nor ignores it (signal(7)).
+fn ends_by_default(signal: i32) -> bool {
+    !matches!(
+        signal,
+        libc::SIGCHLD
+            | libc::SIGCONT
+            | libc::SIGSTOP
+            | libc::SIGTSTP
+            | libc::SIGTTIN
+            | libc::SIGTTOU
+            | libc::SIGURG
+            | libc::SIGWINCH
+    )
 }
 
 #[cfg(test)]

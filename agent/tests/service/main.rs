@@ -14,6 +14,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use host::TestHost;
 use husk_agent::polled::polled;
@@ -349,6 +350,22 @@ async fn a_container_is_paused_signalled_and_deleted_alive() {
 }
 
 #[tokio::test]
+async fn a_signal_ends_what_has_not_started() {
+    let guest = Guest::new().await;
+    for (all, signal) in [(false, libc::SIGTERM), (true, libc::SIGINT)] {
+        guest.create("c", &["true"], Stdio::new()).await.unwrap();
+        // One that would end nobody ends nobody here either.
+        guest.signal("c", "", libc::SIGWINCH, false).await.unwrap();
+        guest.signal("c", "", signal, all).await.unwrap();
+        let wait = guest.wait("c", "");
+        let ended = tokio::time::timeout(Duration::from_secs(10), wait).await;
+        let status = u32::try_from(128 + signal).unwrap();
+        assert_eq!(ended.unwrap().unwrap().exit_status, status);
+        guest.delete("c").await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_failed_start_ends_the_process_with_the_reason() {
     let guest = Guest::new().await;
     guest
@@ -445,11 +462,15 @@ async fn unknown_ids_and_unsupported_requests_are_refused() {
         interfaces: vec![Interface::new()],
         ..Default::default()
     };
-    let refused = guest
-        .client
-        .create_sandbox(context::Context::default(), &networked)
-        .await;
-    assert_eq!(code(refused).0, Code::UNIMPLEMENTED);
+    let create = async |request| {
+        let context = context::Context::default();
+        guest.client.create_sandbox(context, request).await
+    };
+    assert_eq!(code(create(&networked).await).0, Code::UNIMPLEMENTED);
+    // One that asks for nothing can be carried out even here, once.
+    let plain = CreateSandboxRequest::new();
+    assert!(create(&plain).await.unwrap().online_cpus > 0);
+    assert_eq!(code(create(&plain).await).0, Code::ALREADY_EXISTS);
     let short = Stdio {
         stdout_token: vec![1; 5],
         ..Default::default()

@@ -68,7 +68,8 @@ fn launch(
     };
     let child = Command::new("/bin/sh")
         .arg("-c")
-        .arg(r#"read word <"$0"; [ "$word" = go ] || exit 1; exec "$@""#)
+        // As deaf as the init of a pid namespace, until it is the program.
+        .arg(r#"trap '' INT TERM; read word <"$0"; [ "$word" = go ] || exit 1; trap - INT TERM; exec "$@""#)
         .arg(&gate)
         .args(&argv)
         .stdin(stdio.stdin)
