@@ -103,8 +103,10 @@ fn create(
     streams: Option<StdioFds>,
 ) -> Result<(), LaunchError> {
     let CreateJob { id, spec, .. } = job;
-    let no_linux = Linux::default();
-    let linux = spec.linux().as_ref().unwrap_or(&no_linux);
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| LaunchError::invalid("config.json has no linux"))?;
     let process = spec
         .process()
         .as_ref()

@@ -41,9 +41,15 @@ impl ParsedSpec {
             drop_unknown_capabilities(process);
         }
         drop_unknown_capabilities(&mut process_json);
+        // oci-spec's own idea of a missing `linux` is not empty.
+        if let Some(fields) = tree.as_object_mut()
+            && fields.get("linux").is_none_or(Value::is_null)
+        {
+            fields.insert("linux".to_owned(), Value::Object(serde_json::Map::new()));
+        }
         let spec: Spec = serde_json::from_value(tree.clone())
             .map_err(|error| LaunchError::invalid(format!("config.json: {error}")))?;
-        unsupported::report_unknown(&tree, &spec);
+        unsupported::report_unknown(&tree, &spec, "");
         unsupported::report_spec(&spec);
         check(&spec)?;
         Ok(Self {
@@ -73,14 +79,15 @@ impl ParsedSpec {
         }
         drop_unknown_capabilities(&mut tree);
         let user_name = user_name(&tree);
-        let process: Process = serde_json::from_value(tree)
+        let process: Process = serde_json::from_value(tree.clone())
             .map_err(|error| LaunchError::invalid(format!("process: {error}")))?;
+        unsupported::report_unknown(&tree, &process, "process");
         unsupported::report_process(&process);
         check_process(&process)?;
         Ok(ParsedProcess { process, user_name })
     }
 
-    /// The `linux` object; an empty one where the spec has none.
+    /// The `linux` object: [`Self::parse`] has made an empty one where there was none.
     pub(crate) fn linux(&self) -> Option<&Linux> {
         self.spec.linux().as_ref()
     }
@@ -169,9 +176,10 @@ fn check(spec: &Spec) -> Result<(), LaunchError> {
             )));
         }
     }
-    let Some(linux) = spec.linux() else {
-        return Ok(());
-    };
+    let linux = spec
+        .linux()
+        .as_ref()
+        .ok_or_else(|| LaunchError::invalid("config.json has no linux"))?;
     check_namespaces(spec, linux)?;
     sysctl::check(linux.sysctl().as_ref())?;
     if let Some(propagation) = linux
@@ -371,6 +379,35 @@ mod tests {
             .contains("SCMP_ACT_NOTIFY")
         );
         assert!(ParsedSpec::parse(b"{").is_err());
+    }
+
+    /// It must not come to namespaces of its own for the init and the guest's for an exec.
+    #[test]
+    fn a_spec_without_linux_has_an_empty_one() {
+        for linux in [None, Some(Value::Null), Some(json!({}))] {
+            let mut tree = base();
+            tree.as_object_mut().unwrap().remove("linux");
+            if let Some(linux) = linux {
+                tree["linux"] = linux;
+            }
+            let error = parse(&tree).unwrap_err();
+            assert!(error.to_string().contains("mount namespace"), "{error}");
+        }
+        let empty: Linux = serde_json::from_value(json!({})).unwrap();
+        assert!(empty.namespaces().is_none() && empty.masked_paths().is_none());
+    }
+
+    #[test]
+    fn fields_of_an_exec_that_nobody_knows_are_reported() {
+        let parsed = parse(&base()).unwrap();
+        parsed
+            .exec_process(
+                br#"{"args": ["ps"], "fromTheFuture": {"a": 1}, "user": {"shoeSize": 44}}"#,
+            )
+            .unwrap();
+        assert!(unsupported::is_reported("process.fromTheFuture"));
+        assert!(unsupported::is_reported("process.user.shoeSize"));
+        assert!(!unsupported::is_reported("process.args"));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use oci_spec::runtime::{LinuxResources, Process, Spec};
+use serde::Serialize;
 use serde_json::Value;
 
 static REPORTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
@@ -19,14 +20,20 @@ fn report(field: &str, why: &str) -> bool {
     first
 }
 
+/// Whether a test has come across a field that is not honoured.
+#[cfg(test)]
+pub(crate) fn is_reported(field: &str) -> bool {
+    REPORTED.lock().unwrap().contains(field)
+}
+
 const NO_LSM: &str = "the guest's kernel has no such security module; the VM is the boundary";
 const NOT_V2: &str = "cgroup v2 has no such control";
 const NOT_LINUX: &str = "it is for another platform";
 
-/// Reports fields that no type of ours knows: what the parsed spec, written again, lacks.
-pub(crate) fn report_unknown(given: &Value, spec: &Spec) {
-    if let Ok(known) = serde_json::to_value(spec) {
-        for field in missing(given, &known, String::new()) {
+/// Reports fields that no type of ours knows: what the parsed spec, or a part of it at `path`, lacks when written again.
+pub(crate) fn report_unknown(given: &Value, parsed: &impl Serialize, path: &str) {
+    if let Ok(known) = serde_json::to_value(parsed) {
+        for field in missing(given, &known, path.to_owned()) {
             report(&field, "husk does not know it");
         }
     }
@@ -82,6 +89,16 @@ pub(crate) fn report_spec(spec: &Spec) {
     }
     if let Some(process) = spec.process() {
         report_process(process);
+    }
+    let mappings = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|m| !m.is_empty());
+    for mount in spec.mounts().iter().flatten() {
+        // With uidMappings the mount is refused.
+        if mappings(mount.gid_mappings()) && !mappings(mount.uid_mappings()) {
+            report(
+                "mounts.gidMappings",
+                "the guest's shared file system has no idmapped mounts",
+            );
+        }
     }
     let Some(linux) = spec.linux() else {
         return;
@@ -206,7 +223,8 @@ mod tests {
                 "scheduler": {"policy": "SCHED_FIFO", "priority": 1, "flags": ["SCHED_RESET_ON_FORK"]},
                 "execCPUAffinity": {"initial": "0", "final": "1"},
             },
-            "mounts": [{"destination": "/d", "type": "t", "source": "s", "options": ["o"]}],
+            "mounts": [{"destination": "/d", "type": "t", "source": "s", "options": ["o"],
+                "gidMappings": [{"containerID": 0, "hostID": 1, "size": 2}]}],
             "hooks": {"createRuntime": [{"path": "/h", "args": ["h"], "env": ["A=b"], "timeout": 1}]},
             "linux": {
                 "uidMappings": [{"containerID": 0, "hostID": 1, "size": 2}], "sysctl": {"net.a": "1"},
@@ -233,8 +251,8 @@ mod tests {
         let known = serde_json::to_value(spec).unwrap();
         assert_eq!(missing(&given, &known, String::new()), [""; 0]);
         report_spec(&serde_json::from_value(given).unwrap());
-        let reported = REPORTED.lock().unwrap();
         for field in [
+            "mounts.gidMappings",
             "process.apparmorProfile",
             "process.selinuxLabel",
             "linux.mountLabel",
@@ -242,7 +260,7 @@ mod tests {
             "linux.resources.network",
             "linux.resources.rdma",
         ] {
-            assert!(reported.contains(field), "{field}");
+            assert!(is_reported(field), "{field}");
         }
     }
 
