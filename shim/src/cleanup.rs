@@ -4,7 +4,7 @@
 //! opens each directory with `RESOLVE_NO_XDEV`: the kernel refuses to cross a mount, also a bind mount of the same
 //! file system.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,12 +19,18 @@ use rustix::io::Errno;
 /// Deeper than any tree of ours; bounds the recursion.
 const MAX_DEPTH: usize = 64;
 
+/// One name of a directory, as itself: no link, no mount.
+const INSIDE: ResolveFlags = ResolveFlags::NO_XDEV
+    .union(ResolveFlags::BENEATH)
+    .union(ResolveFlags::NO_SYMLINKS);
+
 /// Unmounts everything mounted at `root` or below it in this mount namespace, last mounted first. Returns how many mounts went.
 ///
 /// # Errors
 /// The first mount that does not go; the others are tried all the same.
 pub fn unmount_below(root: &Path) -> io::Result<usize> {
-    let table = fs::read("/proc/self/mountinfo")?;
+    // The thread's: a namespace belongs to one.
+    let table = fs::read("/proc/thread-self/mountinfo")?;
     let mut gone = 0;
     let mut failed = Ok(());
     for point in mount_points(&table)
@@ -92,6 +98,56 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Removes a container's place in a share: its `rootfs`, what is in its `mounts`, and itself. Only mount points go, that is files, links and
+/// empty directories; anything else would be somebody's data behind a mount that is still there, and stays. Absent is fine.
+///
+/// # Errors
+/// The first thing that stays.
+pub fn remove_mount_points(share: &Path, name: &OsStr) -> io::Result<()> {
+    let path = || share.join(name);
+    let remove = || {
+        let share = open_dir(CWD, share.as_os_str().as_bytes(), ResolveFlags::empty())?;
+        if let Some(dir) = open_below(share.as_fd(), name.as_bytes())? {
+            if let Some(mounts) = open_below(dir.as_fd(), b"mounts")? {
+                for entry in Dir::read_from(&mounts)? {
+                    let entry = entry?;
+                    if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+                        remove_name(mounts.as_fd(), entry.file_name().to_bytes())?;
+                    }
+                }
+            }
+            remove_name(dir.as_fd(), b"mounts")?;
+            remove_name(dir.as_fd(), b"rootfs")?;
+        }
+        remove_name(share.as_fd(), name.as_bytes())
+    };
+    match remove() {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(e) => Err(about(&path(), e)),
+    }
+}
+
+/// `None` where there is no directory of this name: nothing, or a link.
+fn open_below(at: BorrowedFd<'_>, name: &[u8]) -> Result<Option<OwnedFd>, Errno> {
+    match open_dir(at, name, INSIDE) {
+        Ok(dir) => Ok(Some(dir)),
+        Err(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Removes a file, a link or an empty directory.
+fn remove_name(at: BorrowedFd<'_>, name: &[u8]) -> Result<(), Errno> {
+    match unlinkat(at, name, AtFlags::empty()) {
+        Err(Errno::ISDIR) => match unlinkat(at, name, AtFlags::REMOVEDIR) {
+            Err(Errno::NOENT) => Ok(()),
+            removed => removed,
+        },
+        Err(Errno::NOENT) => Ok(()),
+        removed => removed,
+    }
+}
+
 fn about(path: &Path, e: Errno) -> io::Error {
     let why = match e {
         Errno::XDEV | Errno::BUSY => " (something is still mounted there)",
@@ -124,11 +180,7 @@ fn empty_dir(dir: BorrowedFd<'_>, depth: usize) -> Result<(), Errno> {
             _ => false,
         };
         let removed = if is_dir {
-            let below = open_dir(
-                dir,
-                name,
-                ResolveFlags::NO_XDEV | ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
-            )?;
+            let below = open_dir(dir, name, INSIDE)?;
             empty_dir(below.as_fd(), depth + 1)?;
             unlinkat(dir, name, AtFlags::REMOVEDIR)
         } else {

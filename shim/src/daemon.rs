@@ -24,7 +24,7 @@ use crate::context::ShimContext;
 use crate::delete;
 use crate::events::Publisher;
 use crate::state::{PodDir, PodState, ProcessId};
-use crate::{log, service};
+use crate::{log, service, share};
 
 /// How long containerd may take for the last events.
 const FLUSH_LIMIT: Duration = Duration::from_secs(3);
@@ -107,6 +107,8 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir)> {
             pod.path().display()
         )
     })?;
+    share::publish(&pod.share(), &pod.served())
+        .map_err(|e| anyhow::anyhow!("cannot mount the pod's share: {e}"))?;
     pod.store(&PodState {
         shim: Some(ProcessId::current()?),
         socket: args.socket.clone(),

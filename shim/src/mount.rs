@@ -2,15 +2,23 @@
 //!
 //! A request is containerd's `Mount`: type, source, options as `mount(8)` spells them. Everything here blocks and is called
 //! on a blocking thread, in the shim's own mount namespace.
+//!
+//! A bind mount is cloned first, given its flags while nobody sees it, and only then attached: what is mounted in the pod's
+//! share appears in the tree that the guest is served at that moment, with the flags that it has at that moment.
 
 use std::{
     io,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
     path::{Component, Path, PathBuf},
 };
 
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
+};
+use rustix::{
+    fs::CWD,
+    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
 /// `mount(2)` takes one page of options, with its final NUL.
@@ -81,6 +89,7 @@ pub enum MountError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Options {
     flags: MsFlags,
+    /// Of a bind mount towards its source; a fresh file system has nobody to hear from.
     propagation: MsFlags,
     data: Vec<String>,
 }
@@ -165,11 +174,11 @@ fn parse(request: &MountRequest) -> Result<Options, MountError> {
 pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
     let target = below(base, &request.target)?;
     let options = parse(request)?;
-    let refused = |errno: nix::errno::Errno| MountError::Refused {
+    let refused = |reason: io::Error| MountError::Refused {
         kind: request.kind.clone(),
         source_path: request.source.clone(),
         target: target.clone(),
-        reason: errno.into(),
+        reason,
     };
     if options.flags.contains(MsFlags::MS_BIND) {
         if !Path::new(&request.source).exists() {
@@ -177,26 +186,12 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
                 source_path: request.source.clone(),
             });
         }
-        let bind = options.flags & (MsFlags::MS_BIND | MsFlags::MS_REC);
-        mount(
-            Some(request.source.as_str()),
-            &target,
-            None::<&str>,
-            bind,
-            None::<&str>,
-        )
-        .map_err(refused)?;
-        // A bind mount takes its flags only when it is mounted again.
-        let rest = options.flags - (MsFlags::MS_BIND | MsFlags::MS_REC);
-        if !rest.is_empty() {
-            let again = rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
-            mount(None::<&str>, &target, None::<&str>, again, None::<&str>).map_err(refused)?;
-        }
+        bind(&request.source, &target, &options).map_err(refused)?;
     } else {
         let length = options.data.join(",").len();
         if length <= MAX_DATA {
             let data = options.data.join(",");
-            mount_with(request, &target, options.flags, &data).map_err(refused)?;
+            mount_with(request, &target, options.flags, &data).map_err(|e| refused(e.into()))?;
         } else if request.kind == "overlay" {
             mount_many_layers(request, &target, &options)?;
         } else {
@@ -207,17 +202,90 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
             });
         }
     }
-    if !options.propagation.is_empty() {
-        mount(
-            None::<&str>,
-            &target,
-            None::<&str>,
-            options.propagation,
-            None::<&str>,
-        )
-        .map_err(refused)?;
-    }
     Ok(())
+}
+
+/// Clones what is mounted at `source` and attaches the clone, flags and all. Flags hold for the mounts below as well where those come
+/// along.
+fn bind(source: &str, target: &Path, options: &Options) -> io::Result<()> {
+    let below = options.flags.contains(MsFlags::MS_REC);
+    let mut clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    clone.set(OpenTreeFlags::AT_RECURSIVE, below);
+    let tree = open_tree(CWD, source, clone)?;
+    let (set, clear) = attributes(options.flags);
+    if set != 0 {
+        set_attributes(tree.as_fd(), below, (set, clear), MsFlags::empty())?;
+    }
+    let kind = options.propagation - MsFlags::MS_REC;
+    if !kind.is_empty() {
+        let below = options.propagation.contains(MsFlags::MS_REC);
+        set_attributes(tree.as_fd(), below, (0, 0), kind)?;
+    }
+    move_mount(
+        &tree,
+        c"",
+        CWD,
+        target,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?;
+    Ok(())
+}
+
+/// Attributes to set and to clear for the flags of mount(2); those of a whole file system are not a bind mount's.
+fn attributes(flags: MsFlags) -> (u64, u64) {
+    let pairs = [
+        (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
+        (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
+        (MsFlags::MS_NODEV, libc::MOUNT_ATTR_NODEV),
+        (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+        (MsFlags::MS_NODIRATIME, libc::MOUNT_ATTR_NODIRATIME),
+    ];
+    let set = pairs
+        .iter()
+        .filter(|(flag, _)| flags.contains(*flag))
+        .fold(0, |set, (_, attribute)| set | attribute);
+    // One of three, of which the kernel's default has the value 0.
+    let atime = if flags.contains(MsFlags::MS_NOATIME) {
+        libc::MOUNT_ATTR_NOATIME
+    } else if flags.contains(MsFlags::MS_STRICTATIME) {
+        libc::MOUNT_ATTR_STRICTATIME
+    } else {
+        return (set, 0);
+    };
+    (set | atime, libc::MOUNT_ATTR__ATIME)
+}
+
+/// Changes a mount that is not attached yet, with those below it if `below`.
+#[allow(unsafe_code, reason = "neither nix nor rustix has mount_setattr(2)")]
+fn set_attributes(
+    tree: BorrowedFd<'_>,
+    below: bool,
+    (attr_set, attr_clr): (u64, u64),
+    propagation: MsFlags,
+) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set,
+        attr_clr,
+        propagation: propagation.bits(),
+        userns_fd: 0,
+    };
+    let recursive = if below { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the kernel reads an empty string with its NUL and a mount_attr of the size given, both alive during the call,
+    // and writes nothing of ours.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | recursive,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn mount_with(

@@ -1,16 +1,22 @@
 //! The tree that the guest sees of the host: one virtio-fs device a pod, one directory a container below it.
 //!
 //! ```text
-//! /run/husk/<namespace>/<pod>/share/      the virtio-fs root
+//! /run/husk/<namespace>/<pod>/share/      where the tree is put together
 //!     <container>/rootfs                  the Create request's mounts, or the spec's root.path
 //!     <container>/mounts/<n>              the source of the spec's n-th mount, where it is a bind mount
+//! /run/husk/<namespace>/<pod>/served/     the same tree, read-only: the virtio-fs root
 //! ```
 //!
-//! The mounts are made in the shim's own mount namespace, which the VMM inherits: the host does not see them, and they vanish
-//! with the pod's processes however those end. Whether a bind mount is read-only is the guest's business, since only its mount of
-//! it is the container's.
+//! `share` is a shared mount of itself, `served` a read-only slave of it: what the shim mounts in the one appears in the other at once,
+//! each mount with its own flags. So the guest can write where a mount lets it, and never to the directories that hold the mounts,
+//! which the shim, root on the host, goes by. For the same reason a bind mount that the spec wants read-only is read-only here: the
+//! mount that the guest makes of it binds the container, but not who has broken out of it.
+//!
+//! All of this happens in the shim's own mount namespace, which the VMM inherits: the host does not see it, and it vanishes with
+//! the pod's processes however those end.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     os::{fd::OwnedFd, unix::fs::FileTypeExt as _},
     path::{Path, PathBuf},
@@ -19,6 +25,7 @@ use std::{
 use husk_protocol::guest_path;
 use nix::{
     fcntl::{OFlag, open},
+    mount::{MsFlags, mount},
     sys::stat::Mode,
 };
 use tracing::warn;
@@ -73,14 +80,38 @@ pub enum ShareError {
 #[derive(Debug, Clone)]
 pub struct Share {
     root: PathBuf,
+    served: PathBuf,
     mount: fn(&MountRequest, &Path) -> Result<(), MountError>,
 }
 
+/// Makes what is mounted in `share` appear in `served`, where the directories themselves are read-only. Once a mount namespace, before
+/// anything is mounted there; [`cleanup::unmount_below`] takes it down.
+///
+/// # Errors
+/// When the kernel refuses one of the mounts.
+pub fn publish(share: &Path, served: &Path) -> io::Result<()> {
+    let bind = |from: &Path, to: &Path| {
+        mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    };
+    let change =
+        |at: &Path, flags: MsFlags| mount(None::<&str>, at, None::<&str>, flags, None::<&str>);
+    bind(share, share)?;
+    // Apart from the host's first: what the host mounts there is none of the guest's business.
+    change(share, MsFlags::MS_PRIVATE)?;
+    change(share, MsFlags::MS_SHARED)?;
+    bind(share, served)?;
+    change(served, MsFlags::MS_SLAVE)?;
+    let locked = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    change(served, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | locked)?;
+    Ok(())
+}
+
 impl Share {
-    /// The share below this directory, which exists.
-    pub fn new(root: PathBuf) -> Self {
+    /// The share of a pod, whose directories exist and have been [published](publish).
+    pub fn new(root: PathBuf, served: PathBuf) -> Self {
         Self {
             root,
+            served,
             mount: mount::apply,
         }
     }
@@ -89,6 +120,7 @@ impl Share {
     #[cfg(test)]
     pub fn without_mounts(root: PathBuf) -> Self {
         Self {
+            served: root.clone(),
             root,
             mount: |_, _| Ok(()),
         }
@@ -100,7 +132,7 @@ impl Share {
     /// When it cannot be opened.
     pub fn open_root(&self) -> io::Result<OwnedFd> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        Ok(open(&self.root, flags, Mode::empty())?)
+        Ok(open(&self.served, flags, Mode::empty())?)
     }
 
     /// Brings a container's files in. On failure nothing of them stays. Blocks.
@@ -129,6 +161,9 @@ impl Share {
         spec: &BundleSpec,
     ) -> Result<GuestPaths, ShareError> {
         let guest = |rest: &str| format!("{}/{id}/{rest}", guest_path::SHARE);
+        // What an earlier container of this name may have left; from here on the directory is a new one.
+        self.remove(id);
+        make_dir(dir)?;
         let root = dir.join("rootfs");
         make_dir(&root)?;
         if rootfs.is_empty() {
@@ -136,7 +171,7 @@ impl Share {
             if !path.is_dir() {
                 return Err(ShareError::NoRootfs { path });
             }
-            (self.mount)(&bind(&path, true), &root)?;
+            (self.mount)(&bind(&path, true, &["rprivate"]), &root)?;
         }
         for request in rootfs {
             (self.mount)(request, &root)?;
@@ -146,7 +181,11 @@ impl Share {
             cgroup: format!("{GUEST_CGROUP}/{id}"),
             ..GuestPaths::default()
         };
-        for bound in spec.bind_mounts() {
+        let binds = spec.bind_mounts();
+        if !binds.is_empty() {
+            make_dir(&dir.join("mounts"))?;
+        }
+        for bound in binds {
             let target = dir.join("mounts").join(bound.index.to_string());
             let kind = fs::metadata(&bound.source).map_err(|reason| ShareError::Source {
                 path: bound.source.clone(),
@@ -156,13 +195,20 @@ impl Share {
             if kind.is_dir() {
                 make_dir(&target)?;
             } else {
-                make_dir(&dir.join("mounts"))?;
                 make_file(&target)?;
             }
             if kind.file_type().is_socket() {
                 warn!(source = %bound.source.display(), "a socket of the host is mounted: the guest sees it but cannot connect through a VM's border");
             }
-            (self.mount)(&bind(&bound.source, bound.recursive), &target)?;
+            let mut options = Vec::new();
+            if bound.read_only {
+                options.push("ro");
+            }
+            if bound.private {
+                options.push("rprivate");
+            }
+            let request = bind(&bound.source, bound.recursive, &options);
+            (self.mount)(&request, &target)?;
             paths
                 .mounts
                 .insert(bound.index, guest(&format!("mounts/{}", bound.index)));
@@ -175,13 +221,10 @@ impl Share {
         let Ok(dir) = self.container_dir(id) else {
             return;
         };
-        if !dir.exists() {
-            return;
-        }
         if let Err(error) = cleanup::unmount_below(&dir) {
             warn!(%error, container = id, "a mount of the container stays until the pod ends");
         }
-        if let Err(error) = remove_mount_points(&dir) {
+        if let Err(error) = cleanup::remove_mount_points(&self.root, OsStr::new(id)) {
             warn!(%error, container = id, "cannot remove the container's directory");
         }
     }
@@ -196,16 +239,17 @@ impl Share {
     }
 }
 
-fn bind(source: &Path, recursive: bool) -> MountRequest {
+fn bind(source: &Path, recursive: bool, options: &[&str]) -> MountRequest {
     MountRequest {
         kind: if recursive { "rbind" } else { "bind" }.into(),
         source: source.display().to_string(),
+        options: options.iter().map(|&option| option.into()).collect(),
         ..MountRequest::default()
     }
 }
 
 fn make_dir(path: &Path) -> Result<(), ShareError> {
-    fs::create_dir_all(path).map_err(|source| ShareError::Prepare {
+    fs::create_dir(path).map_err(|source| ShareError::Prepare {
         path: path.to_owned(),
         source,
     })
@@ -221,30 +265,11 @@ fn make_file(path: &Path) -> Result<(), ShareError> {
     }
 }
 
-/// Removes the mount points and only them: a file or an empty directory goes, anything else would be somebody's data behind a
-/// mount that is still there, and stays.
-fn remove_mount_points(dir: &Path) -> io::Result<()> {
-    let mounts = dir.join("mounts");
-    if mounts.exists() {
-        for entry in fs::read_dir(&mounts)? {
-            let path = entry?.path();
-            if path.is_dir() {
-                fs::remove_dir(path)?;
-            } else {
-                fs::remove_file(path)?;
-            }
-        }
-        fs::remove_dir(mounts)?;
-    }
-    let rootfs = dir.join("rootfs");
-    if rootfs.exists() {
-        fs::remove_dir(rootfs)?;
-    }
-    fs::remove_dir(dir)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::{fd::IntoRawFd as _, unix::fs::symlink};
+
+    use nix::sched::{CloneFlags, unshare};
     use serde_json::json;
 
     use super::*;
@@ -255,7 +280,7 @@ mod tests {
 
     #[test]
     fn an_id_that_climbs_is_refused() {
-        let share = Share::new("/nowhere".into());
+        let share = Share::without_mounts("/nowhere".into());
         for id in ["", ".", "..", "a/b"] {
             assert!(share.container_dir(id).is_err(), "{id:?}");
         }
@@ -264,7 +289,8 @@ mod tests {
     #[test]
     fn a_bundle_without_rootfs_is_named_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let share = Share::new(dir.path().join("share"));
+        fs::create_dir(dir.path().join("share")).unwrap();
+        let share = Share::without_mounts(dir.path().join("share"));
         let spec = spec(
             dir.path(),
             json!({"ociVersion": "1", "root": {"path": "rootfs"}}),
@@ -278,7 +304,7 @@ mod tests {
     #[test]
     fn data_behind_a_mount_point_is_never_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let share = Share::new(dir.path().to_owned());
+        let share = Share::without_mounts(dir.path().to_owned());
         fs::create_dir_all(dir.path().join("c/rootfs")).unwrap();
         fs::write(dir.path().join("c/rootfs/data"), "precious").unwrap();
         share.remove("c");
@@ -286,5 +312,169 @@ mod tests {
             fs::read(dir.path().join("c/rootfs/data")).unwrap(),
             b"precious"
         );
+    }
+
+    #[test]
+    fn a_link_in_the_share_leads_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, host) = (dir.path().join("share"), dir.path().join("host"));
+        fs::create_dir_all(root.join("c")).unwrap();
+        fs::create_dir(&host).unwrap();
+        fs::write(host.join("authorized_keys"), "precious").unwrap();
+        let share = Share::without_mounts(root.clone());
+        symlink(&host, root.join("c/mounts")).unwrap();
+        share.remove("c");
+        assert!(host.join("authorized_keys").exists());
+        assert!(!root.join("c").exists(), "the link itself goes");
+        symlink(&host, root.join("c")).unwrap();
+        let file = spec(
+            dir.path(),
+            json!({"ociVersion": "1", "root": {"path": "."},
+                "mounts": [{"destination": "/f", "type": "bind", "source": host.join("authorized_keys")}]}),
+        );
+        share.add("c", &[], &file).unwrap();
+        assert!(root.join("c/mounts/0").is_file());
+        assert_eq!(fs::read_dir(&host).unwrap().count(), 1);
+        share.remove("c");
+        assert!(!root.join("c").exists());
+    }
+
+    /// A published share in a mount namespace of its own, on a thread of its own. Needs root, as husk does.
+    fn published(test: impl FnOnce(&Path, &Share) + Send) {
+        let run = || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let flags = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+            mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let (share, served) = (dir.path().join("share"), dir.path().join("served"));
+            fs::create_dir(&share).unwrap();
+            fs::create_dir(&served).unwrap();
+            publish(&share, &served).unwrap();
+            test(dir.path(), &Share::new(share, served));
+            cleanup::unmount_below(dir.path()).unwrap();
+            cleanup::remove_tree(&dir.path().join("share")).unwrap();
+            cleanup::remove_tree(&dir.path().join("served")).unwrap();
+        };
+        std::thread::scope(|scope| scope.spawn(run).join().unwrap());
+    }
+
+    fn errno(result: io::Result<()>) -> Option<i32> {
+        result.unwrap_err().raw_os_error()
+    }
+
+    #[test]
+    fn the_guest_writes_to_its_mounts_and_not_to_what_holds_them() {
+        published(|dir, share| {
+            let bundle = dir.join("bundle");
+            let (data, fixed) = (dir.join("data"), dir.join("fixed"));
+            for made in [&bundle.join("rootfs"), &data, &fixed, &fixed.join("sub")] {
+                fs::create_dir_all(made).unwrap();
+            }
+            let tmpfs = Some("tmpfs");
+            mount(
+                tmpfs,
+                &fixed.join("sub"),
+                tmpfs,
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .unwrap();
+            fs::write(dir.join("file"), "host").unwrap();
+            let bind = |source: &Path, options: &[&str]| json!({"destination": "/x", "type": "bind", "source": source, "options": options});
+            let spec = spec(
+                &bundle,
+                json!({"ociVersion": "1", "root": {"path": "rootfs", "readonly": true}, "mounts": [
+                    bind(&data, &["rbind", "rw"]),
+                    bind(&fixed, &["rbind", "ro", "rslave"]),
+                    bind(&dir.join("file"), &["bind", "ro"]),
+                    bind(&dir.join("file"), &["bind"]),
+                ]}),
+            );
+            // Opened first, as by a VMM that is started before the container is created.
+            let served = PathBuf::from(format!(
+                "/proc/self/fd/{}",
+                share.open_root().unwrap().into_raw_fd()
+            ));
+            share.add("c", &[], &spec).unwrap();
+            let c = served.join("c");
+            fs::write(c.join("rootfs/made"), "by the guest").unwrap();
+            fs::write(c.join("mounts/0/made"), "by the guest").unwrap();
+            fs::write(c.join("mounts/3"), "by the guest").unwrap();
+            assert!(bundle.join("rootfs/made").exists() && data.join("made").exists());
+            assert_eq!(fs::read(dir.join("file")).unwrap(), b"by the guest");
+
+            let read_only = Some(libc::EROFS);
+            assert_eq!(errno(fs::create_dir(served.join("x"))), read_only);
+            assert_eq!(errno(fs::create_dir(c.join("x"))), read_only);
+            assert_eq!(errno(fs::create_dir(c.join("mounts/x"))), read_only);
+            assert_eq!(errno(fs::write(c.join("mounts/1/x"), "")), read_only);
+            assert_eq!(errno(fs::write(c.join("mounts/1/sub/x"), "")), read_only);
+            assert_eq!(errno(fs::write(c.join("mounts/2"), "")), read_only);
+            fs::write(fixed.join("sub/host"), "may").unwrap();
+            // Where the mount point itself is busy or read-only, only that it fails counts.
+            fs::rename(c.join("mounts"), c.join("moved")).unwrap_err();
+            fs::remove_dir(c.join("rootfs")).unwrap_err();
+            // What the host mounts later would come writable.
+            fs::create_dir(fixed.join("late")).unwrap();
+            mount(
+                tmpfs,
+                &fixed.join("late"),
+                tmpfs,
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .unwrap();
+            assert_eq!(errno(fs::write(c.join("mounts/1/late/x"), "")), read_only);
+
+            share.remove("c");
+            assert!(!served.join("c").exists());
+            assert!(data.join("made").exists() && dir.join("file").exists());
+            assert_eq!(share.add("c", &[], &spec).unwrap().mounts.len(), 4);
+            share.remove("c");
+            assert_eq!(fs::read_dir(&share.root).unwrap().count(), 0);
+        });
+    }
+
+    /// The host's root holds the share itself.
+    #[test]
+    fn a_bind_mount_of_everything_does_not_loop() {
+        published(|dir, share| {
+            fs::create_dir_all(dir.join("bundle/rootfs")).unwrap();
+            for options in [["rbind", "rslave"], ["rbind", "ro"]] {
+                let spec = spec(
+                    &dir.join("bundle"),
+                    json!({"ociVersion": "1", "root": {"path": "rootfs"}, "mounts": [
+                        {"destination": "/host", "type": "bind", "source": "/", "options": options},
+                    ]}),
+                );
+                share.add("c", &[], &spec).unwrap();
+                assert!(share.served.join("c/mounts/0/etc").exists());
+                share.remove("c");
+                assert_eq!(fs::read_dir(&share.root).unwrap().count(), 0);
+            }
+        });
+    }
+
+    #[test]
+    fn a_rootfs_mount_has_its_flags_in_what_is_served() {
+        published(|dir, share| {
+            fs::create_dir_all(dir.join("layer/sub")).unwrap();
+            let request = |source: &str, target: &str, options: &[&str]| MountRequest {
+                kind: "bind".into(),
+                source: dir.join(source).display().to_string(),
+                target: target.into(),
+                options: options.iter().map(|&o| o.into()).collect(),
+            };
+            let spec = spec(dir, json!({"ociVersion": "1", "root": {"path": "rootfs"}}));
+            let requests = [
+                request("layer", "", &["rbind", "ro", "private"]),
+                request("layer/sub", "sub", &["rbind", "rw"]),
+            ];
+            share.add("c", &requests, &spec).unwrap();
+            let rootfs = share.served.join("c/rootfs");
+            assert_eq!(errno(fs::write(rootfs.join("x"), "")), Some(libc::EROFS));
+            fs::write(rootfs.join("sub/x"), "").unwrap();
+            share.remove("c");
+        });
     }
 }

@@ -120,6 +120,10 @@ pub struct BindMount {
     pub source: PathBuf,
     /// Mount points below the source come along (`rbind`).
     pub recursive: bool,
+    /// The container may only read it.
+    pub read_only: bool,
+    /// What the host mounts below the source later does not follow.
+    pub private: bool,
 }
 
 /// Where the guest finds what the host prepared.
@@ -220,10 +224,18 @@ impl BundleSpec {
                 info!(source = %source.display(), "a bind mount of the kernel's own tree: the container gets the guest's");
                 continue;
             }
+            let read_only = mount.is_read_only();
+            let private = mount.is_private();
+            if read_only && private == Some(false) {
+                info!(source = %source.display(), "a read-only bind mount: what the host mounts below it later does not follow");
+            }
             binds.push(BindMount {
                 index,
                 source,
                 recursive,
+                read_only,
+                // A later mount would come writable.
+                private: read_only || private == Some(true),
             });
         }
         binds
@@ -278,6 +290,26 @@ impl Mount {
         let kind = self.kind.as_deref().unwrap_or_default();
         let has = |name: &str| kind == name || self.options.iter().flatten().any(|o| o == name);
         (has("bind") || has("rbind")).then(|| has("rbind"))
+    }
+
+    /// The last word counts, as with `mount(8)`.
+    fn is_read_only(&self) -> bool {
+        let said = self
+            .options
+            .iter()
+            .flatten()
+            .rfind(|o| matches!(o.as_str(), "ro" | "rro" | "rw" | "rrw"));
+        said.is_some_and(|o| o.ends_with("ro"))
+    }
+
+    /// `None` where the spec does not say.
+    fn is_private(&self) -> Option<bool> {
+        let options = self.options.iter().flatten();
+        let kinds = options.map(|o| o.strip_prefix('r').unwrap_or(o));
+        kinds
+            .rev()
+            .find(|o| matches!(*o, "private" | "slave" | "shared" | "unbindable"))
+            .map(|o| matches!(o, "private" | "unbindable"))
     }
 }
 

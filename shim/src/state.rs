@@ -1,8 +1,8 @@
 //! What a pod keeps on disk: `/run/husk/<namespace>/<sandbox>/`.
 //!
 //! `state.json` says which processes, cgroup and socket belong to the pod, so that `delete` (another process, after the
-//! shim may have been killed) and the next start can clear them away; `share/` is the tree that the guest sees. A process is named by pid and
-//! start time together: a pid alone may be somebody else's by the time it is killed.
+//! shim may have been killed) and the next start can clear them away; `share/` is where the guest's tree is put together and `served/` is that
+//! tree as the guest sees it ([`crate::share`]). A process is named by pid and start time together: a pid alone may be somebody else's by the time it is killed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,6 +23,8 @@ use crate::cleanup;
 const STATE_FILE: &str = "state.json";
 /// The directory below which everything for the guest is mounted.
 const SHARE_DIR: &str = "share";
+/// The directory on which the share appears for the VMM.
+const SERVED_DIR: &str = "served";
 /// Name of the link from a bundle to its pod's directory.
 const BUNDLE_LINK: &str = "husk-state";
 
@@ -216,9 +218,14 @@ impl PodDir {
         &self.path
     }
 
-    /// The tree the guest sees.
+    /// Where the tree that the guest sees is put together.
     pub fn share(&self) -> PathBuf {
         self.path.join(SHARE_DIR)
+    }
+
+    /// The tree as the guest sees it.
+    pub fn served(&self) -> PathBuf {
+        self.path.join(SERVED_DIR)
     }
 
     /// The pod's id.
@@ -244,7 +251,7 @@ impl PodDir {
             .collect()
     }
 
-    /// Makes the directory (0700) and `share/` in it.
+    /// Makes the directory (0700) and in it `share/` and `served/`.
     ///
     /// # Errors
     /// When the file system refuses.
@@ -252,7 +259,8 @@ impl PodDir {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
         builder.create(&self.path)?;
-        builder.create(self.share())
+        builder.create(self.share())?;
+        builder.create(self.served())
     }
 
     /// Holds the namespace for a change of its pods; waits at most `limit` for another holder.

@@ -61,7 +61,7 @@ pub async fn serve_with(
     listener: UnixListener,
     driver: Arc<dyn Driver>,
 ) -> Result<(), ttrpc::Error> {
-    let share = Share::new(context.pod.share());
+    let share = Share::new(context.pod.share(), context.pod.served());
     let tasks = Tasks::start(context, share, driver);
     let mut server = Server::new()
         .add_listener(Listener::from(listener))

@@ -135,6 +135,24 @@ fn only_binds_of_host_paths_are_shared() {
 }
 
 #[test]
+fn what_a_bind_mount_may_do_is_read_from_its_options() {
+    let bind = |options: &[&str]| {
+        let mount =
+            json!({"destination": "/d", "type": "bind", "source": "/d", "options": options});
+        let spec = spec(json!({"ociVersion": "1", "root": {"path": "/r"}, "mounts": [mount]}));
+        let bind = spec.bind_mounts().remove(0);
+        (bind.read_only, bind.private)
+    };
+    assert_eq!(bind(&["rbind"]), (false, false));
+    assert_eq!(bind(&["rbind", "rprivate"]), (false, true));
+    assert_eq!(bind(&["rbind", "rprivate", "rslave"]), (false, false));
+    assert_eq!(bind(&["rbind", "ro"]), (true, true));
+    assert_eq!(bind(&["rbind", "rro", "rslave"]), (true, true));
+    assert_eq!(bind(&["ro", "rw"]), (false, false));
+    assert_eq!(bind(&["rw", "ro"]), (true, true));
+}
+
+#[test]
 fn hints_come_from_the_pod_or_else_the_container() {
     let limits = json!({"memory": {"limit": 1 << 28}, "cpu": {"quota": 200_000, "period": 100_000, "cpus": "0,2"}});
     let own =
