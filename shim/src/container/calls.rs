@@ -25,18 +25,7 @@ impl Container {
     /// # Errors
     /// NotFound when it is over, or the agent's reason.
     pub async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), TaskError> {
-        let stage = self.life().stage(exec_id)?;
-        match stage {
-            Stage::Ending(_) | Stage::Exited(_) => {
-                return Err(TaskError::not_found("process already finished: not found"));
-            }
-            Stage::Created if !exec_id.is_empty() => {
-                return Err(TaskError::failed_precondition(
-                    "cannot signal an exec that was not started",
-                ));
-            }
-            Stage::Created | Stage::Starting { .. } | Stage::Running | Stage::Paused => {}
-        }
+        self.check_reachable(exec_id, "signal")?;
         let agent = match self.sandbox.phase().now() {
             Phase::Running(agent) => agent,
             // Its exit is on its way.
@@ -95,6 +84,7 @@ impl Container {
                 paths,
                 json,
                 streams: None,
+                stdin_closed: false,
             },
         );
         Ok(())
@@ -105,8 +95,12 @@ impl Container {
     /// # Errors
     /// NotFound, or FailedPrecondition while it runs.
     pub fn delete_exec(&self, exec_id: &str) -> Result<Exit, TaskError> {
-        let exit = self.change(|life| life.remove_exec(exec_id))?;
-        let process = self.processes().remove(exec_id);
+        let (exit, process) = {
+            // Both under one lock: an exec of the same name that follows at once keeps its process.
+            let mut processes = self.processes();
+            let exit = self.change(|life| life.remove_exec(exec_id))?;
+            (exit, processes.remove(exec_id))
+        };
         if let Some((stdio, _)) = process.and_then(|p| p.streams) {
             stdio.close();
         }
@@ -219,18 +213,7 @@ impl Container {
     /// # Errors
     /// The agent's reason.
     pub async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), TaskError> {
-        let stage = self.life().stage(exec_id)?;
-        match stage {
-            Stage::Ending(_) | Stage::Exited(_) => {
-                return Err(TaskError::not_found("process already finished: not found"));
-            }
-            Stage::Created if !exec_id.is_empty() => {
-                return Err(TaskError::failed_precondition(
-                    "cannot resize: the exec was not started",
-                ));
-            }
-            _ => {}
-        }
+        self.check_reachable(exec_id, "resize the terminal of")?;
         self.agent()
             .await?
             .resize(&self.id, exec_id, width, height)
@@ -243,11 +226,26 @@ impl Container {
     /// NotFound for an unknown exec.
     pub fn close_stdin(&self, exec_id: &str) -> Result<(), TaskError> {
         self.life().stage(exec_id)?;
-        let stdio = self.stdio(exec_id);
-        if let Some(stdio) = stdio {
-            stdio.close_stdin();
+        if let Some(process) = self.processes().get_mut(exec_id) {
+            process.stdin_closed = true;
+            if let Some((stdio, _)) = &process.streams {
+                stdio.close_stdin();
+            }
         }
         Ok(())
+    }
+
+    /// Whether the guest has this process: an init that was created, an exec that was started, and neither over.
+    fn check_reachable(&self, exec_id: &str, doing: &str) -> Result<(), TaskError> {
+        match self.life().stage(exec_id)? {
+            Stage::Ending(_) | Stage::Exited(_) => {
+                Err(TaskError::not_found("process already finished: not found"))
+            }
+            Stage::Created if !exec_id.is_empty() => Err(TaskError::failed_precondition(format!(
+                "cannot {doing} an exec that was not started"
+            ))),
+            Stage::Created | Stage::Starting { .. } | Stage::Running | Stage::Paused => Ok(()),
+        }
     }
 
     fn check_alive(&self) -> Result<(), TaskError> {

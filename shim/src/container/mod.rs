@@ -35,6 +35,8 @@ struct Process {
     json: Vec<u8>,
     /// Its streams on the host, and the tokens with which the guest may still dial them.
     streams: Option<(Arc<Stdio>, Expecting)>,
+    /// CloseIO came; also before there were streams.
+    stdin_closed: bool,
 }
 
 /// One task.
@@ -110,6 +112,7 @@ impl Container {
                 paths: parts.paths,
                 json: Vec::new(),
                 streams: Some((stdio, expecting)),
+                stdin_closed: false,
             },
         );
         Ok(container)

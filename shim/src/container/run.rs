@@ -47,12 +47,22 @@ impl Container {
         };
         let (stdio, expecting) = self.open_stdio(&paths).await?;
         let tokens = expecting.for_agent(paths.terminal);
-        if let Err(error) = agent.exec(&self.id, exec_id, json, tokens).await {
-            stdio.close();
-            return Err(error);
-        }
+        // Before the agent is asked: a CloseIO may come while it works, or have come already.
         if let Some(process) = self.processes().get_mut(exec_id) {
+            if process.stdin_closed {
+                stdio.close_stdin();
+            }
             process.streams = Some((stdio, expecting));
+        }
+        if let Err(error) = agent.exec(&self.id, exec_id, json, tokens).await {
+            let streams = self
+                .processes()
+                .get_mut(exec_id)
+                .and_then(|process| process.streams.take());
+            if let Some((stdio, _)) = streams {
+                stdio.close();
+            }
+            return Err(error);
         }
         tokio::spawn(Arc::clone(self).reap(agent.clone(), exec_id.to_owned()));
         Ok(())

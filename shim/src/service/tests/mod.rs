@@ -6,16 +6,23 @@ use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
     api::{
-        CheckpointTaskRequest, ConnectRequest, DeleteRequest, ExecProcessRequest, KillRequest,
-        PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest,
-        Status, UpdateTaskRequest, WaitRequest,
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, DeleteRequest, ExecProcessRequest,
+        KillRequest, PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest, StartRequest,
+        StateRequest, Status, UpdateTaskRequest, WaitRequest,
     },
     protobuf::{Message as _, well_known_types::any::Any},
     shim::oci::ProcessDetails,
     shim_async::Task as _,
 };
-use husk_protocol::agent::{Event, OomKill, event::Kind};
-use tokio::{sync::mpsc, time::timeout};
+use husk_protocol::{
+    agent::{Event, OomKill, event::Kind},
+    ports,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::mpsc,
+    time::timeout,
+};
 use ttrpc::Code;
 use world::{Fault, Guest, LIMIT, World, context};
 
@@ -64,6 +71,9 @@ impl World {
             .map(|answer| answer.exit_status)
     }
     async fn exec(&self, exec: &str) -> ttrpc::Result<()> {
+        self.exec_with(exec, "").await
+    }
+    async fn exec_with(&self, exec: &str, stdin: &str) -> ttrpc::Result<()> {
         let spec = Any {
             value: br#"{"cwd": "/", "args": ["true"]}"#.to_vec(),
             ..Default::default()
@@ -72,9 +82,29 @@ impl World {
             id: "c".into(),
             exec_id: exec.into(),
             spec: Some(spec).into(),
+            stdin: stdin.into(),
             ..Default::default()
         };
         self.service.exec(&context(), request).await.map(drop)
+    }
+    async fn close_stdin(&self, exec: &str) {
+        let request = CloseIORequest {
+            id: "c".into(),
+            exec_id: exec.into(),
+            stdin: true,
+            ..Default::default()
+        };
+        self.service.close_io(&context(), request).await.unwrap();
+    }
+    /// What the last exec reads from its stdin, to its end.
+    async fn input(&self) -> String {
+        let mut stream = self.vmm.dial(ports::STREAM).await;
+        let token = self.guest.stdin_token.lock().unwrap().clone();
+        stream.write_all(&token).await.unwrap();
+        let mut text = String::new();
+        let read = timeout(LIMIT, stream.read_to_string(&mut text)).await;
+        read.expect("stdin never ends").unwrap();
+        text
     }
     async fn status(&self, exec: &str) -> ttrpc::Result<Status> {
         let request = StateRequest {
@@ -234,6 +264,44 @@ async fn an_exec_that_fails_to_start_leaves_the_container_alone() {
     assert_eq!(w.delete("e").await.unwrap(), 126);
     assert_eq!(w.status("").await.unwrap(), Status::RUNNING);
     assert_eq!(code(w.start("e").await).0, Code::NOT_FOUND);
+}
+
+/// `echo hi | ctr task exec c cat`: the client closes stdin whenever it likes.
+#[tokio::test]
+async fn a_close_of_stdin_holds_whenever_it_comes() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    let fifo = w.bundle().join("stdin");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let write = || {
+        let mut client = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&fifo)
+            .unwrap();
+        std::io::Write::write_all(&mut client, b"hi").unwrap();
+        client
+    };
+
+    w.exec_with("before", fifo.to_str().unwrap()).await.unwrap();
+    w.close_stdin("before").await;
+    let client = write();
+    w.start("before").await.unwrap();
+    drop(client);
+    assert_eq!(w.input().await, "hi");
+
+    w.exec_with("during", fifo.to_str().unwrap()).await.unwrap();
+    w.guest.deaf.send_replace(true);
+    let client = write();
+    let (started, ()) = tokio::join!(w.start("during"), async {
+        w.called("exec c during").await;
+        w.close_stdin("during").await;
+        drop(client);
+        w.guest.deaf.send_replace(false);
+    });
+    started.unwrap();
+    assert_eq!(w.input().await, "hi");
 }
 
 #[tokio::test]

@@ -59,6 +59,8 @@ pub struct Guest {
     pub start_error: Mutex<Option<(ttrpc::Code, String)>>,
     /// Processes end with this status before their start is answered.
     pub ends_at_once: Mutex<Option<u32>>,
+    /// Token of the last exec's stdin.
+    pub stdin_token: Mutex<Vec<u8>>,
     /// NextEvent answers.
     pub events: OnceLock<tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>>,
 }
@@ -189,6 +191,7 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: agent::ExecProcessRequest,
     ) -> ttrpc::Result<agent::ExecProcessResponse> {
+        *self.0.stdin_token.lock().unwrap() = request.stdio.stdin_token.clone();
         self.0
             .called(format!("exec {} {}", request.container_id, request.exec_id))
             .await;
@@ -297,6 +300,14 @@ impl Driver for FakeDriver {
 }
 
 impl FakeVmm {
+    /// The guest dials the host.
+    pub async fn dial(&self, port: u32) -> UnixStream {
+        let (guest, stream) = UnixStream::pair().unwrap();
+        let sender = self.connections.lock().unwrap().clone().unwrap();
+        sender.send(GuestConnection { port, stream }).await.unwrap();
+        guest
+    }
+
     /// The VM ends, by itself.
     pub async fn die(&self, reason: &str) {
         self.connections.lock().unwrap().take();
@@ -480,6 +491,16 @@ impl World {
             .create(&context(), request)
             .await
             .map(|answer| answer.pid)
+    }
+
+    /// Returns once the guest has been asked this.
+    pub async fn called(&self, what: &str) {
+        let asked = async {
+            while !self.guest.calls.lock().unwrap().iter().any(|c| c == what) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(LIMIT, asked).await.unwrap();
     }
 
     /// Events so far, once there are this many.
