@@ -22,13 +22,12 @@ pub fn is_unified() -> bool {
     Path::new(ROOT).join("cgroup.controllers").exists()
 }
 
-/// A cgroup that husk made.
+/// The pod's place in the unified hierarchy. It may be there already, made by the engine or a person: then it is theirs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodCgroup(PathBuf);
 
 impl PodCgroup {
-    /// Where the spec's `cgroupsPath` lies; `None` where it names none that can be used. A systemd triple (`slice:prefix:name`) becomes the scope that
-    /// systemd would make.
+    /// A systemd triple (`slice:prefix:name`) becomes the scope that systemd would make.
     fn locate(root: &Path, cgroups_path: &Path) -> Option<PathBuf> {
         let text = cgroups_path.to_str()?;
         let below = match text.split(':').collect::<Vec<_>>().as_slice() {
@@ -46,25 +45,33 @@ impl PodCgroup {
         (path != root).then_some(path)
     }
 
-    /// Makes the cgroup and puts the process in.
+    /// The cgroup that the spec's `cgroupsPath` names; `None` where it names none that can be used.
+    pub fn of_spec(cgroups_path: &Path) -> Option<Self> {
+        Self::locate(Path::new(ROOT), cgroups_path).map(Self)
+    }
+
+    /// Whether somebody has made it.
+    pub fn exists(&self) -> bool {
+        self.0.exists()
+    }
+
+    /// Makes the cgroup and puts the process in. Returns whether it is husk's own, to be removed with the pod.
     ///
     /// # Errors
     /// When the file system refuses; nothing of it stays then.
-    pub fn place(cgroups_path: &Path, pid: u32) -> io::Result<Option<Self>> {
-        let Some(path) = Self::locate(Path::new(ROOT), cgroups_path) else {
-            return Ok(None);
-        };
-        make(Path::new(ROOT), &path)?;
-        let cgroup = Self(path);
-        match fs::write(cgroup.0.join("cgroup.procs"), pid.to_string()) {
-            Ok(()) => Ok(Some(cgroup)),
-            Err(error) => {
-                // Nobody is in it: it goes at once, or is not ours.
-                let _ = fs::remove_dir(&cgroup.0);
-                remove_parents(&cgroup.0);
-                Err(error)
-            }
+    pub fn place(&self, pid: u32) -> io::Result<bool> {
+        self.place_below(Path::new(ROOT), pid)
+    }
+
+    fn place_below(&self, root: &Path, pid: u32) -> io::Result<bool> {
+        let is_new = make(root, &self.0)?;
+        let entered = fs::write(self.0.join("cgroup.procs"), pid.to_string());
+        if entered.is_err() && is_new {
+            // Nobody is in it.
+            let _ = fs::remove_dir(&self.0);
+            remove_parents(&self.0);
         }
+        entered.map(|()| is_new)
     }
 
     /// Its directory.
@@ -73,23 +80,23 @@ impl PodCgroup {
     }
 }
 
-/// Makes a cgroup and those above it that are missing. The latter are marked: nobody else will remove them.
-fn make(root: &Path, path: &Path) -> io::Result<()> {
-    let Some(parent) = path
+/// Makes a cgroup and those above it that are missing; returns whether it was missing itself. Those above are marked: nobody else
+/// will remove them.
+fn make(root: &Path, path: &Path) -> io::Result<bool> {
+    let parent = path
         .parent()
-        .filter(|parent| *parent != root && parent.starts_with(root))
-    else {
-        return fs::create_dir_all(path);
-    };
-    if !parent.exists() {
-        make(root, parent)?;
-        if let Err(error) = setxattr(parent, MARK, b"1", XattrFlags::empty()) {
-            debug!(%error, cgroup = %parent.display(), "a cgroup that cannot be marked as husk's will stay");
-        }
+        .filter(|parent| *parent != root && parent.starts_with(root));
+    if let Some(parent) = parent
+        && !parent.exists()
+        && make(root, parent)?
+        && let Err(error) = setxattr(parent, MARK, b"1", XattrFlags::empty())
+    {
+        debug!(%error, cgroup = %parent.display(), "a cgroup that cannot be marked as husk's will stay");
     }
     match fs::create_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -131,11 +138,31 @@ mod tests {
     fn every_missing_directory_is_made() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a/b/c");
-        make(root.path(), &path).unwrap();
-        make(root.path(), &path).unwrap();
+        assert!(make(root.path(), &path).unwrap());
         assert!(path.is_dir());
-        make(root.path(), &root.path().join("top")).unwrap();
+        assert!(make(root.path(), &root.path().join("top")).unwrap());
         assert!(root.path().join("top").is_dir());
+    }
+
+    #[test]
+    fn a_cgroup_that_was_there_is_somebody_elses() {
+        let root = tempfile::tempdir().unwrap();
+        let theirs = PodCgroup(root.path().join("user/box"));
+        assert!(!theirs.exists());
+        fs::create_dir_all(theirs.path()).unwrap();
+        assert!(theirs.exists());
+        assert!(!theirs.place_below(root.path(), 7).unwrap());
+        assert_eq!(
+            fs::read_to_string(theirs.path().join("cgroup.procs")).unwrap(),
+            "7"
+        );
+        // Nor is it removed when the process does not get in.
+        fs::remove_file(theirs.path().join("cgroup.procs")).unwrap();
+        fs::create_dir(theirs.path().join("cgroup.procs")).unwrap();
+        assert!(theirs.place_below(root.path(), 7).is_err());
+        assert!(theirs.exists());
+        let ours = PodCgroup(root.path().join("user/own"));
+        assert!(ours.place_below(root.path(), 7).unwrap());
     }
 
     #[test]

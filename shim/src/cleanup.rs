@@ -194,17 +194,16 @@ fn empty_dir(dir: BorrowedFd<'_>, depth: usize) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Kills what is in a cgroup (v2) and removes it with those below, trying for `limit`. Absent is fine.
+/// Removes a cgroup that has no process in it, trying for `limit`. Absent is fine.
 ///
 /// # Errors
-/// When it is still there at the end.
+/// When it is still there at the end; then somebody else uses it.
 pub fn remove_cgroup(path: &Path, limit: Duration) -> io::Result<()> {
     let deadline = Instant::now() + limit;
-    // Fails where the kernel is older than 5.14; then the processes were killed by name before.
-    let _ = fs::write(path.join("cgroup.kill"), "1");
     loop {
-        match remove_cgroup_tree(path, 0) {
+        match fs::remove_dir(path) {
             Ok(()) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) if Instant::now() >= deadline => {
                 return Err(io::Error::new(
                     e.kind(),
@@ -214,23 +213,6 @@ pub fn remove_cgroup(path: &Path, limit: Duration) -> io::Result<()> {
             // The kernel lets a cgroup go a moment after its last process.
             Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
-    }
-}
-
-fn remove_cgroup_tree(path: &Path, depth: usize) -> io::Result<()> {
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-    };
-    for entry in entries.filter_map(Result::ok) {
-        if depth < MAX_DEPTH && entry.file_type().is_ok_and(|t| t.is_dir()) {
-            remove_cgroup_tree(&entry.path(), depth + 1)?;
-        }
-    }
-    match fs::remove_dir(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
     }
 }
 
@@ -311,6 +293,17 @@ mod tests {
         remove_tree(gone).unwrap();
         remove_file(gone).unwrap();
         remove_cgroup(gone, Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn a_cgroup_in_use_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("cgroup.kill"), "").unwrap();
+        fs::create_dir(dir.path().join("inner")).unwrap();
+        assert!(remove_cgroup(dir.path(), Duration::ZERO).is_err());
+        assert_eq!(fs::read(dir.path().join("cgroup.kill")).unwrap(), b"");
+        assert!(dir.path().join("inner").exists());
+        remove_cgroup(&dir.path().join("inner"), Duration::ZERO).unwrap();
     }
 
     proptest! {

@@ -229,18 +229,25 @@ impl Sandbox {
         );
         let planned = tokio::task::spawn_blocking(move || {
             let spec = BundleSpec::load(&bundle).map_err(|e| VmError::Other(chain(&e)))?;
-            let cgroup = spec
-                .cgroups_path()
-                .and_then(|path| place_in_cgroup(path, vmm));
+            let cgroup = spec.cgroups_path().and_then(cgroup_for);
             let process = i32::try_from(vmm)
                 .ok()
                 .and_then(|pid| ProcessId::of(pid).ok());
-            let recorded = pod.update(|state| {
-                state.vmm = process;
-                state.cgroup = cgroup.map(|c| c.path().to_owned());
-            });
-            if let Err(error) = recorded {
-                warn!(%error, "cannot record the VMM in the pod's state file");
+            let record = |cgroup: Option<&PodCgroup>| {
+                let recorded = pod.update(|state| {
+                    state.vmm = process;
+                    state.cgroup = cgroup.map(|c| c.path().to_owned());
+                });
+                if let Err(error) = recorded {
+                    warn!(%error, "cannot record the VMM in the pod's state file");
+                }
+            };
+            // Before it is made: a shim that is killed here leaves nothing that nobody knows of.
+            let own = cgroup.as_ref().filter(|c| !c.exists());
+            record(own);
+            let is_own = cgroup.as_ref().is_some_and(|c| place_in_cgroup(c, vmm));
+            if own.is_some() != is_own {
+                record(cgroup.as_ref().filter(|_| is_own));
             }
             plan_for(&spec, &config, id)
         });
@@ -408,16 +415,18 @@ fn plan_for(spec: &BundleSpec, config: &Config, id: String) -> Result<LaunchPlan
 }
 
 /// A pod without its cgroup still runs: the engine may have given a path that this host's cgroups do not offer.
-fn place_in_cgroup(path: &Path, vmm: u32) -> Option<PodCgroup> {
+fn cgroup_for(path: &Path) -> Option<PodCgroup> {
     if !cgroup::is_unified() {
         warn!("the host has cgroup v1: the VMM stays in the shim's cgroup");
         return None;
     }
-    match PodCgroup::place(path, vmm) {
-        Ok(cgroup) => cgroup,
-        Err(error) => {
-            warn!(%error, path = %path.display(), "the VMM stays in the shim's cgroup");
-            None
-        }
-    }
+    PodCgroup::of_spec(path)
+}
+
+/// Returns whether the cgroup is there and husk's own.
+fn place_in_cgroup(cgroup: &PodCgroup, vmm: u32) -> bool {
+    cgroup.place(vmm).unwrap_or_else(|error| {
+        warn!(%error, path = %cgroup.path().display(), "the VMM stays in the shim's cgroup");
+        false
+    })
 }

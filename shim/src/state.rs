@@ -44,7 +44,7 @@ pub struct PodState {
     pub shim: Option<ProcessId>,
     /// The VMM, once started.
     pub vmm: Option<ProcessId>,
-    /// A cgroup that husk made for the pod, absolute path below `/sys/fs/cgroup`.
+    /// A cgroup that husk made, or is about to make, for the pod alone: absolute path below `/sys/fs/cgroup`.
     pub cgroup: Option<PathBuf>,
     /// The shim's socket.
     pub socket: PathBuf,
