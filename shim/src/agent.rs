@@ -69,7 +69,7 @@ impl Agent {
         match result {
             Ok(answer) => Ok(answer),
             Err(ttrpc::Error::RpcStatus(status)) => {
-                Err(TaskError::new(status.code(), status.message))
+                Err(TaskError::of_guest(status.code(), status.message))
             }
             Err(broken) => match timeout(NEWS, self.pod.gone()).await {
                 Ok(reason) => Err(vm_gone(doing, &reason)),

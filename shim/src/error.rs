@@ -8,6 +8,7 @@ use ttrpc::{Code, proto::Status};
 pub struct TaskError {
     code: Code,
     message: String,
+    from_guest: bool,
 }
 
 impl TaskError {
@@ -16,7 +17,21 @@ impl TaskError {
         Self {
             code,
             message: message.into(),
+            from_guest: false,
         }
+    }
+
+    /// What the agent has answered.
+    pub fn of_guest(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            from_guest: true,
+            ..Self::new(code, message)
+        }
+    }
+
+    /// Whether these are the agent's own words, and not the shim's about a guest that does not answer.
+    pub fn is_of_guest(&self) -> bool {
+        self.from_guest
     }
 
     /// There is no such task or process (any more).
@@ -58,8 +73,8 @@ impl TaskError {
     #[must_use]
     pub fn context(self, doing: &str) -> Self {
         Self {
-            code: self.code,
             message: format!("{doing}: {}", self.message),
+            ..self
         }
     }
 

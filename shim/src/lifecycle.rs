@@ -340,20 +340,6 @@ impl Lifecycle {
         }
     }
 
-    /// Everything is over at once: the VM has gone.
-    pub fn all_ended(&mut self, exit: Exit) {
-        let ids: Vec<String> = self
-            .execs
-            .iter()
-            .filter(|(_, p)| p.stage != Stage::Created)
-            .map(|(id, _)| id.clone())
-            .collect();
-        for id in ids {
-            self.ended(&id, exit);
-        }
-        self.ended("", exit);
-    }
-
     /// Forgets an exec that does not run.
     ///
     /// # Errors

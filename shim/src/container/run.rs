@@ -18,6 +18,9 @@ const EXEC_GRACE: Duration = Duration::from_secs(10);
 /// How long output that the shim already holds may take to reach its reader after the VM has gone.
 const LAST_OUTPUT: Duration = Duration::from_secs(3);
 
+/// The status of a process that could not be run, for no reason of its own.
+const NOT_STARTED: u32 = 128;
+
 impl Container {
     /// Start, of the init or of an exec.
     ///
@@ -33,11 +36,21 @@ impl Container {
         match &started {
             Ok(()) => self.change(|life| life.started(exec_id)),
             Err(error) => {
-                let exit = Exit::now(start_failure_status(error.message()));
+                let exit = self.exit_of_failed_start(error);
                 self.change(|life| life.start_failed(exec_id, exit));
             }
         }
         started
+    }
+
+    fn exit_of_failed_start(&self, error: &TaskError) -> Exit {
+        if error.is_of_guest() {
+            return Exit::now(start_failure_status(error.message()));
+        }
+        match self.sandbox.phase().now() {
+            Phase::Stopping | Phase::Gone { .. } => Exit::killed(),
+            Phase::Starting | Phase::Running(_) => Exit::now(NOT_STARTED),
+        }
     }
 
     async fn start_exec(self: &Arc<Self>, agent: &Agent, exec_id: &str) -> Result<(), TaskError> {
@@ -95,10 +108,7 @@ impl Container {
                 Exit::killed()
             }
         };
-        if matches!(self.sandbox.phase().now(), Phase::Gone { .. }) {
-            self.change(|life| life.all_ended(exit));
-            return;
-        }
+        // Also when the VM has gone: every other process has a reaper that waits for its last output, or a start that fails.
         self.change(|life| life.ended(&exec_id, exit));
         if exec_id.is_empty() {
             self.end_execs(&agent).await;
@@ -147,7 +157,7 @@ fn exit_of(response: &WaitProcessResponse) -> Exit {
     }
 }
 
-/// The status that shells and engines give a process that could not be run.
+/// The status that shells and engines give a process that could not be run, by the agent's words.
 fn start_failure_status(message: &str) -> u32 {
     let message = message.to_ascii_lowercase();
     let says = |words: &[&str]| words.iter().any(|w| message.contains(w));
@@ -156,7 +166,7 @@ fn start_failure_status(message: &str) -> u32 {
     } else if says(&["permission denied", "exec format error", "is a directory"]) {
         126
     } else {
-        128
+        NOT_STARTED
     }
 }
 
@@ -171,7 +181,7 @@ mod tests {
             127
         );
         assert_eq!(start_failure_status("exec /x: Permission denied"), 126);
-        assert_eq!(start_failure_status("the VM has ended"), 128);
+        assert_eq!(start_failure_status("out of memory"), NOT_STARTED);
     }
 
     #[test]

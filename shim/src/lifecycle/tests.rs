@@ -89,7 +89,6 @@ enum Step {
     Remove(usize),
     Pause,
     Resume,
-    AllEnded,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -102,7 +101,6 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (1usize..4).prop_map(Step::Remove),
         1 => Just(Step::Pause),
         1 => Just(Step::Resume),
-        1 => Just(Step::AllEnded),
     ]
 }
 
@@ -133,7 +131,6 @@ proptest! {
                 }
                 Step::Pause => life.paused(),
                 Step::Resume => life.resumed(),
-                Step::AllEnded => life.all_ended(exit(137)),
             }
             log.extend(life.take_announcements());
         }

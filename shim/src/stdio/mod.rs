@@ -95,14 +95,21 @@ impl Stdio {
         };
         let stdin = open_source(&paths.stdin).await?;
         let (stdout, stderr) = open_sinks(&paths.stdout, stderr, container_id, namespace).await?;
+        // A stream that nobody wants has nothing to wait for.
+        let progress = |sink: &Option<Sink>| {
+            watch::Sender::new(Progress {
+                forwarded: 0,
+                ended: sink.is_none(),
+            })
+        };
         Ok(Self {
             wanted: [stdin.is_some(), stdout.is_some(), stderr.is_some()],
+            stdout_progress: progress(&stdout),
+            stderr_progress: progress(&stderr),
             stdin: Mutex::new(stdin),
             stdout: Mutex::new(stdout),
             stderr: Mutex::new(stderr),
             closing_stdin: watch::Sender::new(false),
-            stdout_progress: watch::Sender::default(),
-            stderr_progress: watch::Sender::default(),
             copying: Mutex::default(),
         })
     }

@@ -60,6 +60,15 @@ fn reader(path: &Path) -> fs::File {
     OpenOptions::new().read(true).open(path).unwrap()
 }
 
+#[tokio::test]
+async fn a_stream_that_nobody_wants_is_not_waited_for() {
+    let stdio = open(&StdioPaths::default()).await;
+    let drained = stdio.drained(u64::MAX, u64::MAX);
+    tokio::time::timeout(Duration::from_secs(1), drained)
+        .await
+        .unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sixty_four_mib_out_and_eof() {
     let fifos = Fifos::new();

@@ -14,15 +14,8 @@ use containerd_shim_protos::{
     shim::oci::ProcessDetails,
     shim_async::Task as _,
 };
-use husk_protocol::{
-    agent::{Event, OomKill, event::Kind},
-    ports,
-};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    sync::mpsc,
-    time::timeout,
-};
+use husk_protocol::agent::{Event, OomKill, event::Kind};
+use tokio::{io::AsyncReadExt as _, sync::mpsc, time::timeout};
 use ttrpc::Code;
 use world::{Fault, Guest, LIMIT, World, context};
 
@@ -71,9 +64,9 @@ impl World {
             .map(|answer| answer.exit_status)
     }
     async fn exec(&self, exec: &str) -> ttrpc::Result<()> {
-        self.exec_with(exec, "").await
+        self.exec_with(exec, "", "").await
     }
-    async fn exec_with(&self, exec: &str, stdin: &str) -> ttrpc::Result<()> {
+    async fn exec_with(&self, exec: &str, stdin: &str, stdout: &str) -> ttrpc::Result<()> {
         let spec = Any {
             value: br#"{"cwd": "/", "args": ["true"]}"#.to_vec(),
             ..Default::default()
@@ -83,6 +76,7 @@ impl World {
             exec_id: exec.into(),
             spec: Some(spec).into(),
             stdin: stdin.into(),
+            stdout: stdout.into(),
             ..Default::default()
         };
         self.service.exec(&context(), request).await.map(drop)
@@ -98,9 +92,8 @@ impl World {
     }
     /// What the last exec reads from its stdin, to its end.
     async fn input(&self) -> String {
-        let mut stream = self.vmm.dial(ports::STREAM).await;
-        let token = self.guest.stdin_token.lock().unwrap().clone();
-        stream.write_all(&token).await.unwrap();
+        let token = self.guest.stdio.lock().unwrap().stdin_token.clone();
+        let mut stream = self.vmm.dial(&token).await;
         let mut text = String::new();
         let read = timeout(LIMIT, stream.read_to_string(&mut text)).await;
         read.expect("stdin never ends").unwrap();
@@ -272,8 +265,8 @@ async fn a_close_of_stdin_holds_whenever_it_comes() {
     let w = World::new().await;
     w.create().await.unwrap();
     w.start("").await.unwrap();
-    let fifo = w.bundle().join("stdin");
-    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let fifo = w.fifo("stdin");
+    let stdin = fifo.to_str().unwrap();
     let write = || {
         let mut client = std::fs::File::options()
             .read(true)
@@ -284,14 +277,14 @@ async fn a_close_of_stdin_holds_whenever_it_comes() {
         client
     };
 
-    w.exec_with("before", fifo.to_str().unwrap()).await.unwrap();
+    w.exec_with("before", stdin, "").await.unwrap();
     w.close_stdin("before").await;
     let client = write();
     w.start("before").await.unwrap();
     drop(client);
     assert_eq!(w.input().await, "hi");
 
-    w.exec_with("during", fifo.to_str().unwrap()).await.unwrap();
+    w.exec_with("during", stdin, "").await.unwrap();
     w.guest.deaf.send_replace(true);
     let client = write();
     let (started, ()) = tokio::join!(w.start("during"), async {
@@ -322,16 +315,42 @@ async fn the_death_of_the_vm_ends_everything_that_runs() {
     assert!(w.is_shut_down().await);
 }
 
+/// One had ended before, and its output is still on its way.
+#[tokio::test]
+async fn the_death_of_the_vm_gives_nobody_the_status_of_another() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    let fifo = w.fifo("stdout");
+    *w.guest.stdout_bytes.lock().unwrap() = 1;
+    w.exec_with("e", "", fifo.to_str().unwrap()).await.unwrap();
+    w.start("e").await.unwrap();
+    let token = w.guest.stdio.lock().unwrap().stdout_token.clone();
+    let stdout = w.vmm.dial(&token).await;
+    w.guest.end("c", "e", 5);
+    w.called("waited c e").await;
+    // For the answer to arrive.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    w.vmm.die("the guest kernel panicked").await;
+    w.tasks.sandbox().phase().gone().await;
+    drop(stdout);
+    assert_eq!(w.wait("").await.unwrap(), 137);
+    assert_eq!(w.wait("e").await.unwrap(), 5);
+    assert_eq!(w.events(6).await[4..], ["exit c e 5", "exit c c 137"]);
+}
+
+/// Whatever the guest has written to its console.
 #[tokio::test]
 async fn a_vm_that_dies_during_a_start_answers_it() {
     let w = World::new().await;
     w.create().await.unwrap();
     w.guest.deaf.send_replace(true);
-    let (started, ()) = tokio::join!(w.start(""), w.vmm.die("husk-vmm was killed"));
+    let words = "husk-vmm was killed; its console: /init: no such file or directory";
+    let (started, ()) = tokio::join!(w.start(""), w.vmm.die(words));
     let (_, message) = code(started);
     assert!(message.contains("husk-vmm was killed"), "{message}");
-    w.wait("").await.unwrap();
-    assert_eq!(w.events(2).await[1].split(' ').next(), Some("exit"));
+    assert_eq!(w.wait("").await.unwrap(), 137);
+    assert_eq!(w.events(2).await[1], "exit c c 137");
 }
 
 #[tokio::test]

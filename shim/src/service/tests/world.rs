@@ -21,6 +21,7 @@ use husk_protocol::{
     vm::LaunchTimes,
 };
 use tokio::{
+    io::AsyncWriteExt as _,
     net::{UnixListener, UnixStream},
     sync::{mpsc, watch},
 };
@@ -59,8 +60,10 @@ pub struct Guest {
     pub start_error: Mutex<Option<(ttrpc::Code, String)>>,
     /// Processes end with this status before their start is answered.
     pub ends_at_once: Mutex<Option<u32>>,
-    /// Token of the last exec's stdin.
-    pub stdin_token: Mutex<Vec<u8>>,
+    /// The last exec's streams.
+    pub stdio: Mutex<agent::Stdio>,
+    /// Processes have written this much to their stdout.
+    pub stdout_bytes: Mutex<u64>,
     /// NextEvent answers.
     pub events: OnceLock<tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>>,
 }
@@ -191,7 +194,7 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: agent::ExecProcessRequest,
     ) -> ttrpc::Result<agent::ExecProcessResponse> {
-        *self.0.stdin_token.lock().unwrap() = request.stdio.stdin_token.clone();
+        *self.0.stdio.lock().unwrap() = request.stdio.clone().unwrap_or_default();
         self.0
             .called(format!("exec {} {}", request.container_id, request.exec_id))
             .await;
@@ -208,8 +211,11 @@ impl Agent for FakeAgent {
             .exit_of(&request.container_id, &request.exec_id)
             .subscribe();
         let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        let (id, exec) = (request.container_id, request.exec_id);
+        self.0.called(format!("waited {id} {exec}")).await;
         Ok(WaitProcessResponse {
             exit_status: status,
+            stdout_bytes: *self.0.stdout_bytes.lock().unwrap(),
             exited_at_ns: 1_000_000_000,
             ..Default::default()
         })
@@ -300,11 +306,13 @@ impl Driver for FakeDriver {
 }
 
 impl FakeVmm {
-    /// The guest dials the host.
-    pub async fn dial(&self, port: u32) -> UnixStream {
-        let (guest, stream) = UnixStream::pair().unwrap();
+    /// The guest dials the host for a stream.
+    pub async fn dial(&self, token: &[u8]) -> UnixStream {
+        let (mut guest, stream) = UnixStream::pair().unwrap();
         let sender = self.connections.lock().unwrap().clone().unwrap();
+        let port = ports::STREAM;
         sender.send(GuestConnection { port, stream }).await.unwrap();
+        guest.write_all(token).await.unwrap();
         guest
     }
 
@@ -474,6 +482,13 @@ impl World {
             dir,
             _containerd: containerd,
         }
+    }
+
+    /// A FIFO in the bundle.
+    pub fn fifo(&self, name: &str) -> PathBuf {
+        let path = self.bundle().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path
     }
 
     pub fn bundle(&self) -> PathBuf {
