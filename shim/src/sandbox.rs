@@ -17,7 +17,7 @@ use husk_protocol::{
 };
 use tokio::{
     net::UnixStream,
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 use tracing::{Instrument as _, debug, info, info_span, warn};
@@ -64,6 +64,8 @@ pub struct Sandbox {
     size: OnceLock<Size>,
     /// Why the shim itself ended the VM, where it did.
     doom: OnceLock<String>,
+    /// The start is over, whatever came of it: it makes nothing on the host any more.
+    settled: watch::Sender<bool>,
     timeline: Timeline,
 }
 
@@ -81,6 +83,7 @@ impl Sandbox {
             machine: OnceLock::new(),
             size: OnceLock::new(),
             doom: OnceLock::new(),
+            settled: watch::Sender::new(false),
             timeline: Timeline::default(),
         });
         sandbox
@@ -95,11 +98,6 @@ impl Sandbox {
     /// Its state.
     pub fn phase(&self) -> PhaseWatch {
         self.phase.watch()
-    }
-
-    /// The pod's id.
-    pub fn id(&self) -> &str {
-        &self.id
     }
 
     /// The pod's share.
@@ -149,6 +147,7 @@ impl Sandbox {
                 }
             }
         }
+        self.settled.send_replace(true);
     }
 
     /// The start, top to bottom.
@@ -376,6 +375,14 @@ impl Sandbox {
         }
         if !matches!(self.phase.watch().now(), Phase::Gone { .. }) {
             self.kill("the pod was stopped").await;
+        }
+        let mut settled = self.settled.subscribe();
+        let settled = settled.wait_for(|&settled| settled);
+        if timeout(REAP, settled).await.is_err() {
+            warn!(
+                pod = self.id,
+                "the VM's start does not end although the VM has gone"
+            );
         }
     }
 }

@@ -9,10 +9,14 @@ use std::{
 
 use containerd_shim_protos::{events::task as events, types::mount::Mount};
 use husk_protocol::agent::event::Kind;
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 use tracing::{debug, info, warn};
 
 use crate::{
+    agent::Agent,
     container::{Container, Parts},
     context::ShimContext,
     delete,
@@ -31,10 +35,44 @@ use crate::{
 /// How long the end of the pod waits for a start or delete of its namespace.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long the guest may take with a container that is not wanted any more.
+const GUEST_GRACE: Duration = Duration::from_secs(2);
+
 enum Slot {
     /// A Create is on its way.
-    Creating,
+    Creating(Creation),
     Ready(Arc<Container>),
+}
+
+/// A Create under way, as seen by a Delete that does not wait for it.
+#[derive(Clone, Default)]
+struct Creation(Arc<watch::Sender<Progress>>);
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Progress {
+    #[default]
+    Wanted,
+    /// Nobody wants the container any more.
+    Cancelled,
+    /// It is there, or nothing is left of it.
+    Over,
+}
+
+impl Creation {
+    fn advance(&self, next: Progress) {
+        self.0.send_if_modified(|now| {
+            let forward = next > *now;
+            if forward {
+                *now = next;
+            }
+            forward
+        });
+    }
+
+    async fn reached(&self, progress: Progress) {
+        // The sender lives as long as this.
+        let _ = self.0.subscribe().wait_for(|now| *now >= progress).await;
+    }
 }
 
 /// Every task of one pod.
@@ -82,7 +120,7 @@ impl Tasks {
     pub fn get(&self, id: &str) -> Result<Arc<Container>, TaskError> {
         match self.slots().get(id) {
             Some(Slot::Ready(container)) => Ok(Arc::clone(container)),
-            Some(Slot::Creating) => Err(TaskError::failed_precondition(format!(
+            Some(Slot::Creating(_)) => Err(TaskError::failed_precondition(format!(
                 "container {id:?} is being created"
             ))),
             None => Err(TaskError::not_found(format!(
@@ -103,6 +141,7 @@ impl Tasks {
     pub async fn create(self: &Arc<Self>, request: Create) -> Result<u32, TaskError> {
         let id = request.id.clone();
         self.sandbox.timeline().mark(Point::CreateReceived);
+        let creation = Creation::default();
         {
             let mut slots = self.slots();
             if slots.contains_key(&id) {
@@ -110,44 +149,30 @@ impl Tasks {
                     "container {id:?} already exists"
                 )));
             }
-            slots.insert(id.clone(), Slot::Creating);
+            slots.insert(id.clone(), Slot::Creating(creation.clone()));
         }
-        match Box::pin(self.create_in_slot(request)).await {
-            Ok(container) => Ok(container.pid()),
-            Err(error) => {
-                warn!(container = id, %error, "the container cannot be created");
-                self.slots().remove(&id);
-                self.stop_if_empty();
-                Err(error)
-            }
+        let created = Box::pin(self.create_in_slot(request, &creation)).await;
+        if let Err(error) = &created {
+            warn!(container = id, %error, "the container cannot be created");
+            self.slots().remove(&id);
+            self.stop_if_empty();
         }
+        creation.advance(Progress::Over);
+        created.map(|container| container.pid())
     }
 
     async fn create_in_slot(
         self: &Arc<Self>,
         request: Create,
+        creation: &Creation,
     ) -> Result<Arc<Container>, TaskError> {
         let id = request.id.clone();
-        let files = self.add_files(&request);
-        let phase = self.sandbox.phase();
-        let (files, agent) = tokio::join!(files, phase.agent());
-        let (spec, paths) = files?;
-        let made = async {
-            let agent = agent.map_err(|reason| TaskError::failed(reason.to_string()))?;
-            let spec_json = serde_json::to_vec(&spec.for_guest(&paths, self.sandbox.vcpus()))
-                .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
-            let parts = Parts {
-                id: id.clone(),
-                bundle: request.bundle.clone(),
-                namespace: self.context.namespace.clone(),
-                sandbox: Arc::clone(&self.sandbox),
-                publisher: self.context.publisher.clone(),
-                paths: request.paths.clone(),
-            };
-            let container = Container::create(parts, &agent, spec_json).await?;
-            Ok((container, agent))
-        };
-        match made.await {
+        // The VM comes up meanwhile; where the files cannot be had, nobody waits for it.
+        let (spec, paths) = self.add_files(&request).await?;
+        match self
+            .create_in_guest(&request, creation, &spec, &paths)
+            .await
+        {
             Ok((container, agent)) => {
                 self.sandbox.timeline().mark(Point::Created);
                 self.announce_create(&request);
@@ -160,6 +185,49 @@ impl Tasks {
                 Err(error)
             }
         }
+    }
+
+    async fn create_in_guest(
+        &self,
+        request: &Create,
+        creation: &Creation,
+        spec: &BundleSpec,
+        paths: &GuestPaths,
+    ) -> Result<(Arc<Container>, Agent), TaskError> {
+        let cancelled = || async {
+            creation.reached(Progress::Cancelled).await;
+            TaskError::new(
+                ttrpc::Code::CANCELLED,
+                "the container was deleted while it was being created",
+            )
+        };
+        let phase = self.sandbox.phase();
+        let agent = tokio::select! {
+            biased;
+            error = cancelled() => return Err(error),
+            agent = phase.agent() => agent.map_err(|reason| TaskError::failed(reason.to_string()))?,
+        };
+        let spec_json = serde_json::to_vec(&spec.for_guest(paths, self.sandbox.vcpus()))
+            .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
+        let parts = Parts {
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            namespace: self.context.namespace.clone(),
+            sandbox: Arc::clone(&self.sandbox),
+            publisher: self.context.publisher.clone(),
+            paths: request.paths.clone(),
+        };
+        // A guest that is at it is better let finish: it cannot delete what it is still making.
+        let given_up = async {
+            let error = cancelled().await;
+            sleep(GUEST_GRACE).await;
+            error
+        };
+        let container = tokio::select! {
+            created = Container::create(parts, &agent, spec_json) => created?,
+            error = given_up => return Err(error),
+        };
+        Ok((container, agent))
     }
 
     /// Loads the spec and brings the container's files into the share.
@@ -187,10 +255,14 @@ impl Tasks {
 
     /// Takes out what a failed create has brought in.
     async fn remove_failed(&self, id: &str) {
-        if let Phase::Running(agent) = self.sandbox.phase().now()
-            && let Err(error) = agent.delete_container(id).await
-        {
-            debug!(container = id, %error, "the guest had nothing of the failed container");
+        if let Phase::Running(agent) = self.sandbox.phase().now() {
+            // A Delete may wait for this, and containerd waits 5 s for that. The guest goes on by itself.
+            let deleted = timeout(GUEST_GRACE, agent.delete_container(id)).await;
+            debug!(
+                container = id,
+                ?deleted,
+                "the guest was asked to clear the failed container away"
+            );
         }
         let (share, id) = (self.sandbox.share().clone(), id.to_owned());
         if let Err(error) = tokio::task::spawn_blocking(move || share.remove(&id)).await {
@@ -222,6 +294,15 @@ impl Tasks {
     /// # Errors
     /// NotFound, or FailedPrecondition while it runs.
     pub async fn delete(&self, id: &str) -> Result<(u32, Exit), TaskError> {
+        // containerd deletes what it has lost patience with, and comes back with Shutdown when that is done.
+        let creation = match self.slots().get(id) {
+            Some(Slot::Creating(creation)) => Some(creation.clone()),
+            _ => None,
+        };
+        if let Some(creation) = creation {
+            creation.advance(Progress::Cancelled);
+            creation.reached(Progress::Over).await;
+        }
         let container = self.get(id)?;
         let exit = container.delete().await?;
         let removed = self.slots().remove(id);
@@ -232,14 +313,16 @@ impl Tasks {
         }
         container.announce_delete(exit);
         let (pod, name) = (self.context.pod.clone(), id.to_owned());
-        tokio::task::spawn_blocking(move || {
-            let forgotten = pod.update(|state| {
+        // Waited for: a Shutdown that follows removes the directory in which it writes.
+        let forgotten = tokio::task::spawn_blocking(move || {
+            pod.update(|state| {
                 state.containers.remove(&name);
-            });
-            if let Err(error) = forgotten {
-                debug!(%error, "the pod's state file is not there any more");
-            }
+            })
         });
+        match forgotten.await {
+            Ok(Ok(())) => {}
+            outcome => debug!(?outcome, "the pod's state file still lists the container"),
+        }
         self.stop_if_empty();
         Ok((container.pid(), exit))
     }

@@ -486,3 +486,49 @@ async fn a_broken_bundle_is_named() {
     assert!(message.contains("config.json"), "{message}");
     assert_eq!(code(w.status("").await).0, Code::NOT_FOUND);
 }
+
+/// containerd restarts, or its client has had enough.
+#[tokio::test]
+async fn a_container_that_is_being_created_can_be_deleted() {
+    let w = World::new().await;
+    // Nobody comes to an end by itself: the guest does not answer.
+    w.guest.deaf.send_replace(true);
+    let (created, deleted) = tokio::join!(w.create(), async {
+        w.called("create_sandbox").await;
+        assert_eq!(code(w.status("").await).0, Code::FAILED_PRECONDITION);
+        timeout(LIMIT, w.delete("")).await.unwrap()
+    });
+    assert_eq!(code(created).0, Code::CANCELLED);
+    assert_eq!(code(deleted).0, Code::NOT_FOUND);
+    assert!(!w.bundle().join("../test/c/share/c").exists());
+    w.shutdown().await;
+    assert!(w.is_shut_down().await);
+}
+
+#[tokio::test]
+async fn a_container_that_the_guest_is_creating_can_be_deleted() {
+    let w = World::new().await;
+    w.tasks.sandbox().phase().agent().await.ok().unwrap();
+    w.guest.deaf.send_replace(true);
+    let (created, deleted) = tokio::join!(w.create(), async {
+        w.called("create c").await;
+        timeout(LIMIT, w.delete("")).await.unwrap()
+    });
+    assert_eq!(code(created).0, Code::CANCELLED);
+    assert_eq!(code(deleted).0, Code::NOT_FOUND);
+    w.guest.deaf.send_replace(false);
+    w.shutdown().await;
+    assert!(w.is_shut_down().await);
+}
+
+#[tokio::test]
+async fn files_that_are_not_there_are_told_before_the_vm_is_up() {
+    let w = World::new().await;
+    w.guest.deaf.send_replace(true);
+    std::fs::remove_dir(w.bundle().join("../rootfs")).unwrap();
+    let (_, message) = code(timeout(LIMIT, w.create()).await.unwrap());
+    assert!(message.contains("rootfs"), "{message}");
+    w.shutdown().await;
+    assert!(w.is_shut_down().await);
+    assert!(!w.bundle().join("../test").exists());
+}
