@@ -149,7 +149,8 @@ where
             Rfc3339(SystemTime::now()),
             fields.message
         )?;
-        write!(out, " pod={} runtime=io.containerd.husk.v2", self.pod)?;
+        let pod = Value(&self.pod);
+        write!(out, " pod={pod} runtime=io.containerd.husk.v2")?;
         for span in context
             .event_scope()
             .into_iter()
@@ -185,16 +186,29 @@ impl Visit for Fields {
             let _ = write!(self.message, "{value:?}");
             return;
         }
-        let value = format!("{value:?}");
-        let plain = value
+        let _ = write!(
+            self.rest,
+            " {}={}",
+            field.name(),
+            Value(&format!("{value:?}"))
+        );
+    }
+}
+
+/// A value as it stands in a line: quoted, whatever it looks like, unless nothing in it could be taken for more than a value.
+struct Value<'a>(&'a str);
+
+impl fmt::Display for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_plain = self
+            .0
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b'/' | b':'));
-        let quoted = plain || value.starts_with('"');
-        let _ = if quoted {
-            write!(self.rest, " {}={value}", field.name())
+        if is_plain && !self.0.is_empty() {
+            f.write_str(self.0)
         } else {
-            write!(self.rest, " {}={value:?}", field.name())
-        };
+            write!(f, "{:?}", self.0)
+        }
     }
 }
 
@@ -248,6 +262,19 @@ mod tests {
         assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000000Z");
         assert_eq!(at(1_735_689_599), "2024-12-31T23:59:59.000000Z");
         assert_eq!(at(4_107_542_400), "2100-03-01T00:00:00.000000Z");
+    }
+
+    /// What a guest or a person writes must not become a line or a field of its own.
+    #[test]
+    fn a_value_stays_a_value() {
+        let forged = "\"x\" level=error\ntime=now msg=forged";
+        assert_eq!(
+            Value(forged).to_string(),
+            r#""\"x\" level=error\ntime=now msg=forged""#
+        );
+        assert_eq!(Value("\"quoted\"").to_string(), r#""\"quoted\"""#);
+        assert_eq!(Value("").to_string(), r#""""#);
+        assert_eq!(Value("/run/a-b_c.d:1").to_string(), "/run/a-b_c.d:1");
     }
 
     #[test]
