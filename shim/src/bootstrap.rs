@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
@@ -19,7 +19,7 @@ use crate::args::Args;
 use crate::config::{self, Config};
 use crate::group::Group;
 use crate::input::{self, Options};
-use crate::state::PodDir;
+use crate::state::{self, PodDir};
 use crate::timing::{self, Moment};
 use crate::{cleanup, delete, log, socket};
 
@@ -33,6 +33,8 @@ const ADDRESS_FILE: &str = "address";
 const INLINE_CONFIG: &str = "husk-config.toml";
 /// How long a start waits for another one in the same namespace.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a shim that does not serve any more may take to end by itself: it may still have events to deliver.
+const LAST_WORDS: Duration = Duration::from_secs(4);
 /// The kernel's bound of oom_score_adj.
 const MAX_OOM_SCORE_ADJ: i32 = 1000;
 
@@ -53,7 +55,8 @@ pub fn start(args: &Args) -> anyhow::Result<String> {
         warn!("{remark}");
     }
     let group = Group::of_bundle(&bundle, &args.id)?;
-    let pod = PodDir::new(&config.state_dir, &args.namespace, &group.id)?;
+    let state_dir = state::make_state_dir(&config.state_dir)?;
+    let pod = PodDir::new(&state_dir, &args.namespace, &group.id)?;
     let socket_dir = options.socket_dir.as_deref().unwrap_or(&config.socket_dir);
     let path = socket::path(socket_dir, &args.address, &args.namespace, &group.id);
 
@@ -75,6 +78,7 @@ pub fn start(args: &Args) -> anyhow::Result<String> {
         );
     }
     reclaim(&pod);
+    give_way(&pod, &path)?;
 
     let listener = socket::listen(&path)?;
     let daemon = Daemon {
@@ -153,6 +157,35 @@ fn reclaim(pod: &PodDir) {
             delete::clear_pod(&other);
         }
     }
+}
+
+/// A pod of this id whose shim lives: another containerd's, which has the same namespaces, or one of ours that is about to end.
+fn give_way(pod: &PodDir, socket: &Path) -> anyhow::Result<()> {
+    let Some(state) = pod.load() else {
+        return Ok(());
+    };
+    let Some(shim) = state.shim else {
+        return Ok(());
+    };
+    if !is_own(&state.socket, socket) || socket::is_served(&state.socket) {
+        anyhow::bail!(
+            "the id {} is in use by another containerd: its shim (pid {}) serves {}; give each containerd a state_dir of its own",
+            pod.sandbox_id(),
+            shim.pid,
+            state.socket.display()
+        );
+    }
+    let deadline = Instant::now() + LAST_WORDS;
+    while shim.is_alive() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    delete::clear_pod(pod);
+    Ok(())
+}
+
+/// Whether a pod's socket is one that this containerd would have given it. The directory may have been another one.
+pub fn is_own(recorded: &Path, expected: &Path) -> bool {
+    recorded.file_name() == expected.file_name()
 }
 
 /// The serving shim about to be started.

@@ -11,22 +11,14 @@ use crate::state::PodDir;
 pub struct ShimContext {
     /// containerd namespace.
     pub namespace: String,
-    /// Id of the container the shim was started for; the pod's sandbox container where there is one.
-    pub id: String,
-    /// Id of the pod: the group all its containers share. Equals `id` for a container without a pod.
+    /// Id of the pod: the group all its containers share; the container's own where it has no pod.
     pub sandbox_id: String,
-    /// The bundle of `id`, absolute.
+    /// The bundle of the container that the shim was started for, absolute; the pod's sandbox container where there is one.
     pub bundle: PathBuf,
-    /// containerd's gRPC address, as given on the command line.
-    pub address: String,
-    /// containerd's ttrpc address; `None` where the engine takes no events (CRI-O).
-    pub ttrpc_address: Option<String>,
     /// Where events go.
     pub publisher: Publisher,
     /// Settings of the node (see `deploy/config.toml`).
     pub config: Config,
-    /// `-debug` was given.
-    pub debug: bool,
-    /// The pod's directory on the host, `share/` in it already made.
+    /// The pod's directory on the host, `share/` in it already published.
     pub pod: PodDir,
 }

@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::context::ShimContext;
 use crate::delete;
 use crate::events::Publisher;
-use crate::state::{PodDir, PodState, ProcessId};
+use crate::state::{self, PodDir, PodState, ProcessId};
 use crate::{log, service, share};
 
 /// How long containerd may take for the last events.
@@ -100,7 +100,8 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir)> {
     if let Err(error) = limits {
         warn!(%error, "cannot raise the limit of open files");
     }
-    let pod = PodDir::new(&config.state_dir, &args.namespace, &args.group)?;
+    let state_dir = state::make_state_dir(&config.state_dir)?;
+    let pod = PodDir::new(&state_dir, &args.namespace, &args.group)?;
     pod.create().map_err(|e| {
         anyhow::anyhow!(
             "cannot make the pod's directory {}: {e}",
@@ -126,14 +127,10 @@ async fn serve(args: &Args, config: Config, pod: PodDir, listener: UnixListener)
     let publisher = Publisher::new(ttrpc_address.as_deref(), &args.namespace);
     let context = ShimContext {
         namespace: args.namespace.clone(),
-        id: args.id.clone(),
         sandbox_id: args.group.clone(),
         bundle: args.bundle.clone().unwrap_or_default(),
-        address: args.address.clone(),
-        ttrpc_address,
         publisher: publisher.clone(),
         config,
-        debug: args.debug,
         pod,
     };
     info!(

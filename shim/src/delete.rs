@@ -19,7 +19,8 @@ use crate::bootstrap;
 use crate::cgroup;
 use crate::cleanup;
 use crate::config::Config;
-use crate::state::{PodDir, PodState, ProcessId};
+use crate::socket;
+use crate::state::{self, PodDir, PodState, ProcessId};
 
 /// All of it together; containerd waits 5 s.
 const LIMIT: Duration = Duration::from_millis(4500);
@@ -89,14 +90,24 @@ fn find_pod(args: &Args, bundle: Option<&Path>) -> Option<PodDir> {
     if let Some(pod) = bundle.and_then(PodDir::of_bundle) {
         return Some(pod);
     }
-    let state_dir = Config::load(None).unwrap_or_default().state_dir;
+    let config = Config::load(None).unwrap_or_default();
+    let state_dir = state::find_state_dir(&config.state_dir);
+    // Not by the bundle's link, so it may be another containerd's that has the same namespaces.
+    let is_own = |pod: &PodDir, state: &PodState| {
+        let id = pod.sandbox_id();
+        let socket = socket::path(&config.socket_dir, &args.address, &args.namespace, &id);
+        args.address.is_empty()
+            || state.socket.as_os_str().is_empty()
+            || bootstrap::is_own(&state.socket, &socket)
+    };
     let own = PodDir::new(&state_dir, &args.namespace, &args.id).ok()?;
     if own.path().exists() {
-        return Some(own);
+        let is_own = own.load().is_none_or(|state| is_own(&own, &state));
+        return is_own.then_some(own);
     }
     own.siblings().into_iter().find(|pod| {
         pod.load()
-            .is_some_and(|state| state.containers.contains(&args.id))
+            .is_some_and(|state| state.containers.contains(&args.id) && is_own(pod, &state))
     })
 }
 

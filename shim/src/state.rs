@@ -82,6 +82,34 @@ fn remove_if_empty(namespace_dir: &Path) {
     }
 }
 
+/// Makes the state directory where it is missing (0700), and names it without links: what lies below is looked up in the kernel's table of
+/// mounts, which has none, and removed without following any.
+///
+/// # Errors
+/// With the path, when the file system refuses.
+pub fn make_state_dir(path: &Path) -> io::Result<PathBuf> {
+    let make = |path: &Path| {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+    };
+    let made = match (make(path), fs::read_link(path)) {
+        // A link whose target went with the last pod.
+        (Err(_), Ok(target)) => make(&path.parent().unwrap_or(path).join(target)),
+        (made, _) => made,
+    };
+    made.and_then(|()| fs::canonicalize(path)).map_err(|e| {
+        let message = format!("cannot make the state directory {}: {e}", path.display());
+        io::Error::new(e.kind(), message)
+    })
+}
+
+/// The state directory without links, if it is there.
+pub fn find_state_dir(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// An id that cannot be a directory name.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -451,6 +479,27 @@ mod tests {
         assert!(other.path().exists());
         other.remove().unwrap();
         assert!(!state_dir.exists(), "nothing of husk is left");
+    }
+
+    #[test]
+    fn a_state_directory_is_named_without_links() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path().canonicalize().unwrap();
+        let (real, link) = (root.join("data/husk"), root.join("husk"));
+        std::os::unix::fs::symlink("data/husk", &link).unwrap();
+        assert_eq!(find_state_dir(&link), link);
+        // Also when its target is not there (any more).
+        for _ in 0..2 {
+            assert_eq!(make_state_dir(&link).unwrap(), real);
+            assert_eq!(find_state_dir(&link), real);
+            let pod = PodDir::new(&find_state_dir(&link), "ns", "pod").unwrap();
+            pod.create().unwrap();
+            pod.remove().unwrap();
+            assert!(!real.exists());
+        }
+        std::os::unix::fs::symlink("loop", root.join("loop")).unwrap();
+        let error = make_state_dir(&root.join("loop")).unwrap_err().to_string();
+        assert!(error.contains("loop"), "{error}");
     }
 
     #[test]

@@ -65,13 +65,18 @@ impl Host {
     }
 
     fn shim(&self, id: &str, action: &str) -> Command {
+        self.shim_of("/run/containerd/containerd.sock", id, action)
+    }
+
+    /// As the containerd of this address runs it.
+    fn shim_of(&self, containerd: &str, id: &str, action: &str) -> Command {
         let mut command = Command::new(SHIM);
         command
             .args([
                 "-namespace",
                 "test",
                 "-address",
-                "/run/containerd/containerd.sock",
+                containerd,
                 "-publish-binary",
                 "/bin/true",
             ])
@@ -217,6 +222,66 @@ fn start_leaves_a_serving_shim_and_delete_leaves_nothing() {
         assert!(!shim.is_alive());
         host.nothing_is_left();
     }
+}
+
+/// The table of mounts, and everything that follows no link, knows the directory by its real name only.
+#[test]
+fn a_state_directory_behind_a_link_is_left_as_clean() {
+    let host = Host::new();
+    fs::create_dir(host.path("real")).unwrap();
+    std::os::unix::fs::symlink(host.path("real"), host.path("link")).unwrap();
+    let text = format!(
+        "state_dir = {:?}\nsocket_dir = {:?}\n",
+        host.path("link/husk"),
+        host.path("s")
+    );
+    fs::write(host.path("config.toml"), text).unwrap();
+    let bundle = host.bundle("c1", &[]);
+    host.started("c1");
+    let pod = PodDir::of_bundle(&bundle).unwrap();
+    let shim = pod.load().unwrap().shim.unwrap();
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", shim.pid)).unwrap();
+    let served = format!(" {} ro,", pod.served().display());
+    assert!(mounts.contains(&served), "{mounts}");
+    host.delete("c1");
+    assert!(!shim.is_alive());
+    assert_eq!(fs::read_dir(host.path("real")).unwrap().count(), 0);
+    // Without the bundle's link, as after a start that did not get that far.
+    host.started("c1");
+    fs::remove_file(bundle.join("husk-state")).unwrap();
+    host.delete("c1");
+    assert_eq!(fs::read_dir(host.path("real")).unwrap().count(), 0);
+    host.nothing_is_left();
+}
+
+/// Two containerds on one machine share the state directory.
+#[test]
+fn another_containerds_pod_of_the_same_id_is_left_alone() {
+    let host = Host::new();
+    let bundle = host.bundle("c1", &[]);
+    let address = host.started("c1");
+    let shim = host.serving("c1");
+    // The other one has a bundle of its own.
+    let link = fs::read_link(bundle.join("husk-state")).unwrap();
+    fs::remove_file(bundle.join("husk-state")).unwrap();
+    let other = "/run/k3s/containerd/containerd.sock";
+    let line = complaint(&host.shim_of(other, "c1", "start").output().unwrap());
+    assert!(
+        line.contains("c1 is in use by another containerd"),
+        "{line}"
+    );
+    let output = host.shim_of(other, "c1", "delete").output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(shim.is_alive());
+    UnixStream::connect(socket(&address)).unwrap();
+    std::os::unix::fs::symlink(link, bundle.join("husk-state")).unwrap();
+    host.delete("c1");
+    assert!(!shim.is_alive());
+    // Now the id is free.
+    let started = host.shim_of(other, "c1", "start").output().unwrap();
+    assert_ne!(self::address(started), address);
+    host.delete("c1");
+    host.nothing_is_left();
 }
 
 #[test]

@@ -457,17 +457,13 @@ impl World {
         let address = socket.display().to_string();
         let context = ShimContext {
             namespace: "test".into(),
-            id: "c".into(),
             sandbox_id: "c".into(),
             bundle: bundle.clone(),
-            address: String::new(),
             publisher: Publisher::new(Some(&address), "test"),
-            ttrpc_address: Some(address),
             config: Config {
                 start_timeout: Duration::from_millis(300),
                 ..Config::default()
             },
-            debug: false,
             pod,
         };
         write_bundle(&bundle, dir.path());
