@@ -300,9 +300,21 @@ impl Connection {
         // Bounded by the credit of 256 KiB.
         self.credit
             .forward(u32::try_from(count).unwrap_or(u32::MAX));
-        if self.credit.is_stale() && self.is_heard() {
+        // Only a guest that still sends wants to know, and one that has forgotten the connection would answer RST.
+        if self.credit.is_stale() && self.is_flowing() {
             self.outbox.credit = true;
         }
+    }
+
+    /// True while the guest may send.
+    fn is_flowing(&self) -> bool {
+        matches!(
+            self.state,
+            State::Open {
+                from_guest: FromGuest::Flowing,
+                ..
+            }
+        )
     }
 
     /// True while bytes from the guest are of use to the host.
@@ -433,5 +445,42 @@ fn advance(slices: &mut Vec<VolatileSlice<'_>>, mut count: usize) {
         && let Ok(rest) = first.offset(count)
     {
         *first = rest;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use nix::sys::socket::{setsockopt, sockopt};
+
+    use super::super::credit::BUFFER;
+    use super::*;
+
+    /// What is still on its way to the host after the guest's RST earns no credit: the guest has forgotten the connection.
+    #[test]
+    fn nothing_is_said_after_a_reset() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        // So little that draining takes many steps.
+        setsockopt(&ours, sockopt::SndBuf, &4096).unwrap();
+        let key = Key { host: 1, guest: 2 };
+        let mut connection = Connection::from_guest(key, ours.into());
+        connection.control_sent();
+        connection.credit.receive(BUFFER).unwrap();
+        connection.backlog.extend(vec![7; BUFFER as usize]);
+        assert_eq!(connection.apply(Event::GuestReset), Outcome::Fine);
+        let (mut steps, mut taken) = (0, 0);
+        let mut buffer = vec![0; 64 * 1024];
+        while connection.state() != State::Closed {
+            assert_eq!(connection.state(), State::Draining);
+            assert_eq!(connection.socket_event(EventSet::OUT), Outcome::Fine);
+            assert!(!connection.has_work());
+            taken += theirs.read(&mut buffer).unwrap();
+            steps += 1;
+        }
+        drop(connection);
+        taken += theirs.read_to_end(&mut Vec::new()).unwrap();
+        assert_eq!(taken, BUFFER as usize);
+        assert!(steps > 8, "{steps}");
     }
 }

@@ -248,11 +248,12 @@ impl Muxer {
                     self.resets.pop_front();
                 }
                 served
-            } else if let Some(id) = self.ready.front().copied() {
+            } else if let Some(id) = self.ready.pop_front() {
                 let served = self.serve(memory, id, poll)?;
                 if served {
-                    self.ready.pop_front();
                     self.requeue(id);
+                } else {
+                    self.ready.push_front(id);
                 }
                 served
             } else {
@@ -375,6 +376,10 @@ impl Muxer {
             self.names.remove(&key);
         }
         if connection.state() == State::Closed {
+            // A guest without receive buffers would else make the line longer with every connection.
+            if connection.queued {
+                self.ready.retain(|ready| *ready != id);
+            }
             // Closing the socket takes it out of the epoll set.
             self.connections.remove(&id);
             return;
@@ -462,6 +467,7 @@ impl Handler for Muxer {
         loop {
             let transmit = self.transmit(&memory, poll)?;
             self.receive(&memory, poll)?;
+            debug_assert!(self.ready.len() <= self.connections.len());
             match transmit {
                 Transmit::Done => return Ok(()),
                 Transmit::Turn => {

@@ -8,8 +8,9 @@ use std::os::unix::net::UnixStream;
 use husk_protocol::bridge::{Connection as Crossing, PACKET_LEN};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    sendmsg, setsockopt, socketpair, sockopt,
 };
+use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::virtio::testing::Guest;
 use crate::virtio::vsock::Vsock;
@@ -87,6 +88,8 @@ pub struct End {
 pub struct Driver {
     pub guest: Guest,
     pub ends: HashMap<(u32, u32), End>,
+    /// No more receive buffers are offered.
+    pub deaf: bool,
 }
 
 pub type Name = (u32, u32);
@@ -100,16 +103,22 @@ impl Driver {
             SockFlag::SOCK_CLOEXEC,
         )
         .unwrap();
+        // A device that has died must not hang the test.
+        setsockopt(&theirs, sockopt::ReceiveTimeout, &TimeVal::seconds(60)).unwrap();
         let guest = Guest::start(Box::new(Vsock::new(CID, ours)), 128);
         let mut driver = Self {
             guest,
             ends: HashMap::new(),
+            deaf: false,
         };
         driver.refill();
         (driver, Shim { bridge: theirs })
     }
 
     pub fn refill(&mut self) {
+        if self.deaf {
+            return;
+        }
         while self.guest.add(RX, &[], &[RX_BUFFER + HEADER_LEN]).is_some() {}
         self.guest.kick(RX);
     }
