@@ -2,7 +2,8 @@
 //!
 //! containerd rebuilds a task's life from its events, so their order matters more than their speed: one worker
 //! sends one event at a time over ttrpc and keeps at the same event until it is delivered. While containerd is away (a restart)
-//! the queue holds them; only a queue that is full loses the oldest one, and says so in the log.
+//! the queue holds them; only a queue that is full loses one, and says so in the log: an OOM kill where there is one, because the guest makes
+//! as many of those as it likes, else the oldest.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -147,12 +148,13 @@ impl Queue {
     fn push(&self, envelope: Envelope) {
         let lost = {
             let mut waiting = self.lock();
-            let lost = if waiting.len() >= QUEUE_LIMIT {
-                waiting.pop_front()
+            waiting.push_back(envelope);
+            let lost = if waiting.len() > QUEUE_LIMIT {
+                let least = waiting.iter().position(|e| e.topic == task::TaskOOM::TOPIC);
+                waiting.remove(least.unwrap_or(0))
             } else {
                 None
             };
-            waiting.push_back(envelope);
             if lost.is_none() {
                 self.pending.send_modify(|n| *n += 1);
             }
@@ -162,7 +164,7 @@ impl Queue {
             error!(
                 topic = lost.topic,
                 limit = QUEUE_LIMIT,
-                "event queue full while containerd is away: the oldest event is lost"
+                "event queue full while containerd is away: this event is lost"
             );
         }
         self.added.notify_one();
@@ -402,6 +404,35 @@ mod tests {
         }
         assert_eq!(*queue.pending.borrow(), QUEUE_LIMIT);
         assert_eq!(queue.next().await.topic, "1");
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_loses_oom_kills_first() {
+        let queue = Queue::new();
+        let event = |topic: &str| {
+            let mut envelope = Envelope::new();
+            envelope.topic = topic.into();
+            queue.push(envelope);
+        };
+        event("/tasks/exit");
+        for _ in 0..QUEUE_LIMIT {
+            event("/tasks/oom");
+        }
+        event("/tasks/delete");
+        assert_eq!(*queue.pending.borrow(), QUEUE_LIMIT);
+        assert_eq!(queue.next().await.topic, "/tasks/exit");
+        assert_eq!(queue.lock().back().unwrap().topic, "/tasks/delete");
+        // Nor does one push out what came before it.
+        let queue = Queue::new();
+        for topic in (0..QUEUE_LIMIT)
+            .map(|_| "/tasks/exit")
+            .chain(["/tasks/oom"])
+        {
+            let mut envelope = Envelope::new();
+            envelope.topic = topic.into();
+            queue.push(envelope);
+        }
+        assert!(queue.lock().iter().all(|e| e.topic == "/tasks/exit"));
     }
 
     #[tokio::test]

@@ -1,12 +1,18 @@
 //! What a container tells the world: its changes of state as containerd's events.
 
-use std::sync::PoisonError;
+use std::{
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
 
 use containerd_shim_protos::events::task as events;
 use tracing::info;
 
 use super::Container;
-use crate::lifecycle::{Announcement, Exit};
+use crate::lifecycle::{Announcement, Exit, Stage};
+
+/// Between two announcements of OOM kills.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
 
 impl Container {
     pub(super) fn publish(&self, announcement: &Announcement) {
@@ -61,16 +67,27 @@ impl Container {
         }
     }
 
-    /// Announces that the kernel has killed for memory, unless that many kills have been announced already.
+    /// Announces that the kernel has killed for memory, unless that many kills have been announced already or there was an announcement
+    /// just now. Nothing follows the init's exit.
     pub fn announce_oom(&self, kills: u64) {
+        // Held across the send: the exit is queued under the same lock.
+        let life = self.life();
+        if matches!(life.stage(""), Ok(Stage::Ending(_) | Stage::Exited(_))) {
+            return;
+        }
         let mut announced = self.ooms.lock().unwrap_or_else(PoisonError::into_inner);
-        if kills > *announced {
-            *announced = kills;
+        let is_soon = announced
+            .last
+            .is_some_and(|last| last.elapsed() < OOM_PAUSE);
+        if kills > announced.kills && !is_soon {
+            announced.kills = kills;
+            announced.last = Some(Instant::now());
             self.publisher.send(events::TaskOOM {
                 container_id: self.id.clone(),
                 ..Default::default()
             });
         }
+        drop(life);
     }
 
     /// Announces that the container has been deleted.

@@ -12,6 +12,7 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use tokio::sync::watch;
@@ -48,8 +49,14 @@ pub struct Container {
     publisher: Publisher,
     life: Mutex<Lifecycle>,
     processes: Mutex<HashMap<String, Process>>,
-    /// OOM kills announced so far.
-    ooms: Mutex<u64>,
+    ooms: Mutex<Ooms>,
+}
+
+/// OOM kills as announced so far. How many there are and when is the guest's to say, so their number is bounded here.
+#[derive(Default)]
+struct Ooms {
+    kills: u64,
+    last: Option<Instant>,
 }
 
 /// What State answers about a process.

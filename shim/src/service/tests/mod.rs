@@ -17,7 +17,7 @@ use containerd_shim_protos::{
 use husk_protocol::agent::{Event, OomKill, event::Kind};
 use tokio::{io::AsyncReadExt as _, sync::mpsc, time::timeout};
 use ttrpc::Code;
-use world::{Fault, Guest, LIMIT, World, context};
+use world::{Fault, Guest, LIMIT, VMM_PID, World, context};
 
 /// Shorthands for the calls, with the one container's id filled in.
 impl World {
@@ -149,10 +149,10 @@ fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
 async fn a_whole_life_in_order() {
     let w = World::new().await;
     assert_eq!(code(w.start("").await).0, Code::NOT_FOUND);
-    assert_eq!(w.create().await.unwrap(), 4242);
+    assert_eq!(w.create().await.unwrap(), VMM_PID);
     assert_eq!(code(w.create().await).0, Code::ALREADY_EXISTS);
     assert_eq!(w.status("").await.unwrap(), Status::CREATED);
-    assert_eq!(w.start("").await.unwrap(), 4242);
+    assert_eq!(w.start("").await.unwrap(), VMM_PID);
     assert_eq!(w.status("").await.unwrap(), Status::RUNNING);
     assert_eq!(code(w.start("").await).0, Code::FAILED_PRECONDITION);
     assert_eq!(code(w.delete("").await).0, Code::FAILED_PRECONDITION);
@@ -434,14 +434,14 @@ async fn update_checkpoint_and_connect() {
 }
 
 #[tokio::test]
-async fn an_oom_kill_is_told_once() {
+async fn oom_kills_are_told_at_most_once_a_second_and_not_after_the_exit() {
     let guest = Arc::new(Guest::default());
     let (sender, events) = mpsc::unbounded_channel();
     let _ = guest.events.set(tokio::sync::Mutex::new(events));
     let w = World::with(guest, Fault::None).await;
     w.create().await.unwrap();
     w.start("").await.unwrap();
-    for kills in [1, 1, 2] {
+    let killed = |kills| {
         let kind = Some(Kind::Oom(OomKill {
             kills,
             ..Default::default()
@@ -453,8 +453,23 @@ async fn an_oom_kill_is_told_once() {
                 ..Default::default()
             })
             .unwrap();
-    }
-    assert_eq!(w.events(4).await, ["create c", "start c", "oom c", "oom c"]);
+    };
+    let told = || tokio::time::sleep(Duration::from_millis(1200));
+    (1..=50).for_each(&killed);
+    told().await;
+    // Told already, then news.
+    killed(1);
+    killed(51);
+    told().await;
+    w.guest.end("c", "", 0);
+    w.wait("").await.unwrap();
+    killed(52);
+    told().await;
+    assert_eq!(w.delete("").await.unwrap(), 0);
+    assert_eq!(
+        w.events(6).await[2..],
+        ["oom c", "oom c", "exit c c 0", "delete c"]
+    );
 }
 
 #[tokio::test]

@@ -46,6 +46,9 @@ use crate::{
 /// Bound of every wait of a test: reached only by a bug.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
+/// More than Linux gives out: what is done to the VMM by its pid must not hit somebody.
+pub const VMM_PID: u32 = 1 << 30;
+
 type Exits = HashMap<(String, String), watch::Sender<Option<u32>>>;
 
 /// What the fake guest does and has been asked.
@@ -333,7 +336,7 @@ impl FakeVmm {
 #[async_trait]
 impl Machine for FakeVmm {
     fn pid(&self) -> u32 {
-        4242
+        VMM_PID
     }
 
     async fn launch(&self, plan: LaunchPlan) -> Result<LaunchTimes, VmError> {
