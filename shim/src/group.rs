@@ -41,6 +41,13 @@ struct Spec {
     annotations: Option<HashMap<String, String>>,
 }
 
+/// Whether these are the annotations of a pod's sandbox container.
+pub fn is_sandbox(annotations: &HashMap<String, String>) -> bool {
+    TYPE_KEYS
+        .iter()
+        .any(|key| annotations.get(*key).is_some_and(|kind| kind == "sandbox"))
+}
+
 impl Group {
     /// Reads `config.json` of the bundle. A bundle without one (containerd's own sandbox API) stands for itself.
     ///

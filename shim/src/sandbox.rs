@@ -38,7 +38,7 @@ use crate::{
     vm::{
         Driver, GuestConnection, LaunchPlan, Machine, VmError,
         console::{self, Tail},
-        quote_console,
+        process, quote_console,
     },
 };
 
@@ -228,13 +228,18 @@ impl Sandbox {
         );
         let planned = tokio::task::spawn_blocking(move || {
             let spec = BundleSpec::load(&bundle).map_err(|e| VmError::Other(chain(&e)))?;
+            // Not the shim's, which is as low as containerd's own.
+            let score = spec.oom_score_adj();
+            if let Err(error) = process::set_oom_score_adj(vmm, score) {
+                warn!(%error, score, "cannot set the VMM's oom_score_adj");
+            }
             let cgroup = spec.cgroups_path().and_then(cgroup_for);
-            let process = i32::try_from(vmm)
+            let vmm_id = i32::try_from(vmm)
                 .ok()
                 .and_then(|pid| ProcessId::of(pid).ok());
             let record = |cgroup: Option<&PodCgroup>| {
                 let recorded = pod.update(|state| {
-                    state.vmm = process;
+                    state.vmm = vmm_id;
                     state.cgroup = cgroup.map(|c| c.path().to_owned());
                 });
                 if let Err(error) = recorded {

@@ -14,7 +14,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
-use crate::sizing::{self, Hints};
+use crate::{
+    group,
+    sizing::{self, Hints},
+};
 
 /// Name of the spec in a bundle.
 const CONFIG: &str = "config.json";
@@ -64,6 +67,13 @@ struct Read {
     annotations: Option<HashMap<String, String>>,
     linux: Option<Linux>,
     mounts: Option<Vec<Mount>>,
+    process: Option<Process>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Process {
+    oom_score_adj: Option<i32>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -191,6 +201,18 @@ impl BundleSpec {
     /// Its cgroup on the host.
     pub fn cgroups_path(&self) -> Option<&Path> {
         self.read.linux.as_ref()?.cgroups_path.as_deref()
+    }
+
+    /// How gladly the kernel kills the VM when the host runs out of memory. A pod's sandbox container holds nothing and is spared by its
+    /// engine; the VM holds what the pod's containers use, and is not.
+    pub fn oom_score_adj(&self) -> i32 {
+        if group::is_sandbox(&self.annotations()) {
+            return 0;
+        }
+        let process = self.read.process.as_ref();
+        process
+            .and_then(|process| process.oom_score_adj)
+            .unwrap_or(0)
     }
 
     /// What the VM must offer: the pod's annotations where there are any, else this container's limits.

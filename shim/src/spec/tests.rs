@@ -153,6 +153,21 @@ fn what_a_bind_mount_may_do_is_read_from_its_options() {
 }
 
 #[test]
+fn the_vm_is_killed_as_its_container_would_be() {
+    let score = |process: Value, kind: &str| {
+        spec(json!({
+            "ociVersion": "1", "root": {"path": "/r"}, "process": process,
+            "annotations": {"io.kubernetes.cri.container-type": kind},
+        }))
+        .oom_score_adj()
+    };
+    assert_eq!(score(json!({"oomScoreAdj": -500}), ""), -500);
+    assert_eq!(score(json!({"cwd": "/"}), ""), 0);
+    assert_eq!(score(Value::Null, ""), 0);
+    assert_eq!(score(json!({"oomScoreAdj": -998}), "sandbox"), 0);
+}
+
+#[test]
 fn hints_come_from_the_pod_or_else_the_container() {
     let limits = json!({"memory": {"limit": 1 << 28}, "cpu": {"quota": 200_000, "period": 100_000, "cpus": "0,2"}});
     let own =

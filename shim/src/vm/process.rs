@@ -5,7 +5,7 @@
 //! the shim.
 
 use std::{
-    io,
+    fs, io,
     os::fd::{AsFd as _, OwnedFd, RawFd},
     path::PathBuf,
     process::{ExitStatus, Stdio},
@@ -133,6 +133,17 @@ impl Driver for HuskVmm {
             connections,
         })
     }
+}
+
+/// How gladly the kernel kills this process when memory runs out (`process.oomScoreAdj` of the spec).
+///
+/// # Errors
+/// When the process has gone, or the value is refused.
+pub fn set_oom_score_adj(pid: u32, score: i32) -> io::Result<()> {
+    fs::write(
+        format!("/proc/{pid}/oom_score_adj"),
+        score.clamp(-1000, 1000).to_string(),
+    )
 }
 
 /// The write end for the VMM (blocking) and the read end for us.
@@ -315,6 +326,21 @@ mod tests {
                 .is_empty()
         );
         assert_eq!(VmEnd::new(None, "signal 9".into(), tail).reason, "signal 9");
+    }
+
+    #[test]
+    fn a_vmm_has_a_score_of_its_own() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let path = format!("/proc/{}/oom_score_adj", child.id());
+        for (score, set) in [(500, "500"), (7000, "1000"), (0, "0")] {
+            set_oom_score_adj(child.id(), score).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap().trim(), set);
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// How a shell that stands in for the VMM ended, in the shim's words.
