@@ -121,7 +121,7 @@ impl Vm {
         let (balloon, balloon_handle) = Balloon::new(&memory);
         let devices = virtio_devices(parts.vsock, parts.shares, balloon)?;
         let virtio_devices = devices.len();
-        let mmio = mmio_bus(&machine, devices, &memory)?;
+        let mmio = mmio_bus(&machine, devices, &memory, &ending)?;
 
         tracing::debug!("devices made");
 
@@ -293,6 +293,7 @@ fn mmio_bus(
     machine: &Machine,
     devices: Vec<Box<dyn VirtioDevice>>,
     memory: &GuestMemory,
+    ending: &Arc<Ending>,
 ) -> Result<Bus, VmError> {
     let mut bus = Bus::default();
     let windows = (layout::VIRTIO_MMIO_START..).step_by(layout::VIRTIO_MMIO_SIZE as usize);
@@ -302,7 +303,7 @@ fn mmio_bus(
         .zip(layout::VIRTIO_GSI_START..)
     {
         let irq = machine.interrupt_line(gsi)?;
-        let transport = MmioTransport::new(device, memory.clone(), irq)?;
+        let transport = MmioTransport::new(device, memory.clone(), irq, Arc::clone(ending))?;
         for (index, kick) in (0u32..).zip(transport.queue_kicks()) {
             machine.notify_on_write(kick, base + mmio::QUEUE_NOTIFY, index)?;
         }

@@ -132,17 +132,14 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let host = |what: &str| {
-            let what = what.to_owned();
-            move |source| ActivateError::Host { what, source }
-        };
-        let server = self
-            .server()
-            .map_err(host("starting the file server on the shared directory"))?;
+        let server = self.server().map_err(ActivateError::host(
+            "starting the file server on the shared directory",
+        ))?;
         let interrupt = Arc::clone(&activation.interrupt);
         let shared = Shared::new(server, activation)?;
-        let threads = threads(&Arc::new(shared))
-            .map_err(host("mapping a file server thread's private pages"))?;
+        let threads = threads(&Arc::new(shared)).map_err(ActivateError::host(
+            "mapping a file server thread's private pages",
+        ))?;
         self.worker = Some(Worker::spawn("fs", &interrupt, threads)?);
         Ok(())
     }

@@ -24,7 +24,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::RING_FEATURES;
 use super::worker::drain;
-use super::{Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice, may_log_about_guest};
+use super::{
+    ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice,
+    may_log_about_guest,
+};
+use crate::ending::{Cause, Ending};
+use crate::sentence;
 
 /// Size of a device's register window, in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -116,6 +121,7 @@ struct MmioInterrupt {
     generation: AtomicU32,
     needs_reset: AtomicBool,
     irq: EventFd,
+    ending: Arc<Ending>,
 }
 
 impl MmioInterrupt {
@@ -140,6 +146,10 @@ impl Interrupt for MmioInterrupt {
         self.needs_reset.store(true, Ordering::SeqCst);
         self.fire(VIRTIO_MMIO_INT_CONFIG);
     }
+
+    fn host_failed(&self, sentence: String) {
+        self.ending.report(Cause::Failed(sentence));
+    }
 }
 
 /// One device behind its registers.
@@ -158,7 +168,8 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers; `irq` becomes readable for each interrupt (an edge).
+    /// Puts `device` behind registers; `irq` becomes readable for each interrupt (an edge), and what the host refuses the device
+    /// ends the VM through `ending`.
     ///
     /// # Errors
     /// [`NewTransportError`] when an eventfd is refused, or the device names an impossible queue size.
@@ -166,6 +177,7 @@ impl MmioTransport {
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
         irq: EventFd,
+        ending: Arc<Ending>,
     ) -> Result<Self, NewTransportError> {
         let sizes = device.queue_max_sizes();
         let queues = sizes
@@ -184,6 +196,7 @@ impl MmioTransport {
                 generation: AtomicU32::new(0),
                 needs_reset: AtomicBool::new(false),
                 irq,
+                ending,
             }),
             phase: Phase::Reset,
             device_features_page: 0,
@@ -345,14 +358,21 @@ impl MmioTransport {
         let outcome = self
             .activation()
             .and_then(|activation| self.device.activate(activation).map_err(StartError::Device));
-        if let Err(error) = outcome {
-            if may_log_about_guest() {
-                tracing::error!(
-                    device = self.device.device_id(),
-                    error = &error as &dyn std::error::Error,
-                    "the device did not start"
-                );
-            }
+        let Err(error) = outcome else {
+            return;
+        };
+        let device = self.device.device_id();
+        let by_host = error.is_hosts();
+        if by_host || may_log_about_guest() {
+            let error = &error as &dyn std::error::Error;
+            tracing::error!(device, error, "the device did not start");
+        }
+        if by_host {
+            let cause = sentence(&error);
+            self.interrupt.host_failed(format!(
+                "the virtio device of type {device} did not start: {cause}"
+            ));
+        } else {
             self.interrupt.signal_failed();
         }
     }
@@ -434,7 +454,17 @@ enum StartError {
     #[error("duplicating a queue's eventfd")]
     Clone(#[source] std::io::Error),
     #[error(transparent)]
-    Device(#[from] super::ActivateError),
+    Device(#[from] ActivateError),
+}
+
+impl StartError {
+    /// True if the driver could have done nothing about it.
+    fn is_hosts(&self) -> bool {
+        match self {
+            Self::Queue(_) | Self::Device(ActivateError::MissingQueue(_)) => false,
+            Self::Clone(_) | Self::Device(ActivateError::Host { .. }) => true,
+        }
+    }
 }
 
 /// What an access reaches.

@@ -46,7 +46,8 @@ pub trait VirtioDevice: Send {
     /// Starts the device with what the driver has set up (`DRIVER_OK`).
     ///
     /// # Errors
-    /// The device stays inert and the transport sets `DEVICE_NEEDS_RESET`.
+    /// The device stays inert; the transport sets `DEVICE_NEEDS_RESET` for what the driver did wrong, and ends the VM for what
+    /// the host refused.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
     /// Stops the device and drops its queues; it may be activated again. Idempotent.
@@ -79,8 +80,10 @@ pub trait Interrupt: Send + Sync {
     fn signal_queue(&self, index: u16);
     /// The device's configuration changed.
     fn signal_config(&self);
-    /// The device met something it cannot recover from: sets `DEVICE_NEEDS_RESET`.
+    /// The guest broke something that the device cannot recover from: sets `DEVICE_NEEDS_RESET`.
     fn signal_failed(&self);
+    /// The host refused what the device needs, in a sentence: the VM ends, since its guest could only wait.
+    fn host_failed(&self, sentence: String);
 }
 
 /// Why a device did not start.
@@ -98,6 +101,14 @@ pub enum ActivateError {
         #[source]
         source: std::io::Error,
     },
+}
+
+impl ActivateError {
+    /// What the host refused while `what` was being done.
+    pub fn host(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Host { what, source }
+    }
 }
 
 /// Log lines that a guest can cause, in all. It may break things as often as it likes; it must not fill the host's disk with

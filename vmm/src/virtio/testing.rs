@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -15,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::mmio::MmioTransport;
 use super::{GuestMemory, VirtioDevice};
+use crate::ending::Ending;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -71,6 +73,8 @@ pub struct Guest {
     pub queues: Vec<DriverQueue>,
     pub features: u64,
     irq: EventFd,
+    /// The end of the VM that the device may report.
+    pub ending: Arc<Ending>,
     heap: u64,
     recycled: HashMap<usize, Vec<u64>>,
     done: HashMap<usize, VecDeque<Used>>,
@@ -88,10 +92,12 @@ impl Guest {
         memory: GuestMemoryMmap,
     ) -> Self {
         let irq = eventfd();
+        let ending = Arc::new(Ending::new().unwrap());
         let transport = MmioTransport::new(
             device,
             GuestMemory::new(memory.clone()),
             irq.try_clone().unwrap(),
+            Arc::clone(&ending),
         )
         .unwrap();
         let mut guest = Self {
@@ -100,6 +106,7 @@ impl Guest {
             queues: Vec::new(),
             features: 0,
             irq,
+            ending,
             heap: 1 << 20,
             recycled: HashMap::new(),
             done: HashMap::new(),

@@ -67,13 +67,8 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let interrupt = activation.interrupt.clone();
-        let bridge = self
-            .bridge
-            .try_clone()
-            .map_err(|source| ActivateError::Host {
-                what: "duplicating the vsock bridge".to_owned(),
-                source,
-            })?;
+        let host = ActivateError::host("duplicating the vsock bridge");
+        let bridge = self.bridge.try_clone().map_err(host)?;
         let muxer = Muxer::new(self.guest_cid, bridge, activation)?;
         self.worker = Some(Worker::spawn("vsock", &interrupt, vec![muxer])?);
         Ok(())

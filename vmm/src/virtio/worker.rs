@@ -1,8 +1,8 @@
 //! The one shape of a device's thread: an epoll loop over kicks, a stop event and whatever else the device waits for.
 //!
 //! A device gives a [`Handler`]; [`Worker`] runs it on a named thread with a small stack until the worker is dropped. A handler
-//! that fails (a guest broke a queue, the host refused something) ends its thread and marks the device
-//! `DEVICE_NEEDS_RESET`; the VM goes on.
+//! that fails ends its thread. If it was the guest that broke a queue, the device is marked `DEVICE_NEEDS_RESET` and the VM
+//! goes on; if the host refused something, the VM ends and says so.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::QueueError;
 use super::{ActivateError, Interrupt, may_log_about_guest};
+use crate::sentence;
 
 /// Device threads call neither deep nor recursively; untouched stack costs nothing but address space.
 const STACK_SIZE: usize = 512 * 1024;
@@ -94,13 +95,13 @@ pub trait Handler: Send + 'static {
     /// Something that was waited for has happened.
     ///
     /// # Errors
-    /// The thread ends and the device needs a reset.
+    /// The thread ends, and with it the device or the VM (see the module's head).
     fn ready(&mut self, poll: &Poll, token: u64, events: EventSet) -> Result<(), Fault>;
 
     /// Called once after all events that had happened together.
     ///
     /// # Errors
-    /// The thread ends and the device needs a reset.
+    /// The thread ends, and with it the device or the VM (see the module's head).
     fn settle(&mut self, _poll: &Poll) -> Result<(), Fault> {
         Ok(())
     }
@@ -143,14 +144,7 @@ impl Worker {
                 .stack_size(STACK_SIZE)
                 .spawn(move || {
                     if let Err(fault) = run(&mut handler, &poll) {
-                        if may_log_about_guest() {
-                            tracing::error!(
-                                device,
-                                error = &fault as &dyn std::error::Error,
-                                "device stopped"
-                            );
-                        }
-                        interrupt.signal_failed();
+                        tell(&fault, &device, &*interrupt);
                     }
                 })
                 .map_err(failed)?;
@@ -167,6 +161,24 @@ impl Drop for Worker {
         for thread in self.threads.drain(..) {
             // A panic has been reported by the thread itself.
             let _ = thread.join();
+        }
+    }
+}
+
+/// Tells whoever has to know that a device's thread has ended.
+fn tell(fault: &Fault, device: &str, interrupt: &dyn Interrupt) {
+    let error = fault as &dyn std::error::Error;
+    match fault {
+        Fault::Queue(_) => {
+            if may_log_about_guest() {
+                tracing::error!(device, error, "device stopped");
+            }
+            interrupt.signal_failed();
+        }
+        Fault::Host { .. } => {
+            tracing::error!(device, error, "device stopped");
+            let cause = sentence(error);
+            interrupt.host_failed(format!("the {device} device stopped: {cause}"));
         }
     }
 }
@@ -200,4 +212,75 @@ fn run(handler: &mut impl Handler, poll: &Poll) -> Result<(), Fault> {
 pub fn drain(event: &EventFd) {
     // EAGAIN: another thread was faster, or it was spurious.
     let _ = event.read();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+    use crate::virtio::queue::QueueError;
+
+    /// What a device said, in the order it said it.
+    struct Ear(Sender<String>);
+
+    impl Interrupt for Ear {
+        fn signal_queue(&self, _index: u16) {}
+        fn signal_config(&self) {}
+
+        fn signal_failed(&self) {
+            self.0.send("needs a reset".into()).unwrap();
+        }
+
+        fn host_failed(&self, sentence: String) {
+            self.0.send(sentence).unwrap();
+        }
+    }
+
+    /// Fails at once.
+    struct Doomed(fn() -> Fault);
+
+    impl Handler for Doomed {
+        fn register(&mut self, _poll: &Poll) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn enter(&mut self) -> Result<(), Fault> {
+            Err((self.0)())
+        }
+
+        fn ready(&mut self, _: &Poll, _: u64, _: EventSet) -> Result<(), Fault> {
+            Ok(())
+        }
+    }
+
+    fn heard(fault: fn() -> Fault) -> String {
+        let (said, heard) = channel();
+        let interrupt: Arc<dyn Interrupt> = Arc::new(Ear(said));
+        let worker = Worker::spawn("test", &interrupt, vec![Doomed(fault)]).unwrap();
+        let first = heard.recv().unwrap();
+        drop(worker);
+        assert!(heard.try_recv().is_err());
+        first
+    }
+
+    #[test]
+    fn the_guests_faults_cost_it_the_device_and_the_hosts_the_vm() {
+        let guests = || {
+            Fault::Queue(QueueError::Layout {
+                queue: 0,
+                head: 0,
+                what: "sense",
+            })
+        };
+        assert_eq!(heard(guests), "needs a reset");
+        let hosts = || Fault::Host {
+            what: "taking a walk",
+            source: io::Error::other("it rains"),
+        };
+        assert_eq!(
+            heard(hosts),
+            "the test device stopped: taking a walk: it rains"
+        );
+    }
 }

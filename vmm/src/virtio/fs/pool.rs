@@ -51,14 +51,11 @@ impl Shared {
         server: Server<PassthroughFs>,
         activation: Activation,
     ) -> Result<Self, ActivateError> {
-        let host = |source| ActivateError::Host {
-            what: "taking over the file server's queues".to_owned(),
-            source,
-        };
         let memory = GuestMemoryMmap::clone(&activation.memory.memory());
         let mut queues = Vec::new();
         for (queue, index) in activation.queues.into_iter().zip(0u16..) {
             let queue = queue.ok_or(ActivateError::MissingQueue(index))?;
+            let host = ActivateError::host("taking over the file server's queues");
             let kick = queue.kick.try_clone().map_err(host)?;
             let interrupt = Arc::clone(&activation.interrupt);
             let queue = Mutex::new(DeviceQueue::new(queue, index, MAX_BYTES, interrupt));

@@ -12,7 +12,7 @@ struct Record {
     activated: Option<Activation>,
     resets: usize,
     config: Vec<u8>,
-    fails: bool,
+    fails: Option<fn() -> ActivateError>,
 }
 
 #[derive(Clone, Default)]
@@ -43,8 +43,8 @@ impl VirtioDevice for Probe {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let mut record = self.0.lock().unwrap();
         assert!(record.activated.is_none(), "activated twice");
-        if record.fails {
-            return Err(ActivateError::MissingQueue(1));
+        if let Some(error) = record.fails {
+            return Err(error());
         }
         record.activated = Some(activation);
         Ok(())
@@ -59,7 +59,8 @@ impl VirtioDevice for Probe {
 
 fn transport(probe: &Probe) -> MmioTransport {
     let memory = GuestMemory::new(memory());
-    MmioTransport::new(Box::new(probe.clone()), memory, eventfd()).unwrap()
+    let ending = Arc::new(Ending::new().unwrap());
+    MmioTransport::new(Box::new(probe.clone()), memory, eventfd(), ending).unwrap()
 }
 
 fn read(transport: &mut MmioTransport, offset: u64) -> u32 {
@@ -199,9 +200,29 @@ fn a_queue_outside_memory_or_a_failed_start_asks_for_a_reset() {
         assert_eq!(guest.status(), 15 | 0x40, "{register:#x}");
         assert!(probe.0.lock().unwrap().activated.is_none());
     }
-    probe.0.lock().unwrap().fails = true;
+    probe.0.lock().unwrap().fails = Some(|| ActivateError::MissingQueue(1));
     guest.bring_up(16);
     assert_eq!(guest.status(), 15 | 0x40);
+    assert_eq!(guest.ending.cause(), None);
+}
+
+#[test]
+fn what_the_host_refuses_ends_the_vm() {
+    let probe = Probe::default();
+    let refuse = || ActivateError::host("taking a walk")(std::io::Error::other("it rains"));
+    probe.0.lock().unwrap().fails = Some(refuse);
+    let mut guest = Guest::start(Box::new(probe.clone()), 16);
+    // The driver has done nothing wrong.
+    assert_eq!(guest.status(), 15);
+    let text = "the virtio device of type 42 did not start: taking a walk: it rains";
+    assert_eq!(guest.ending.cause(), Some(Cause::Failed(text.into())));
+    // Nor has the driver of a device that fails later.
+    probe.0.lock().unwrap().fails = None;
+    let mut guest = Guest::start(Box::new(probe.clone()), 16);
+    let activation = probe.0.lock().unwrap().activated.take().unwrap();
+    activation.interrupt.host_failed("it rains".into());
+    assert_eq!(guest.status(), 15);
+    assert_eq!(guest.ending.cause(), Some(Cause::Failed("it rains".into())));
 }
 
 #[test]
@@ -234,11 +255,43 @@ fn only_whole_registers_and_aligned_configuration() {
     );
 }
 
+/// What a driver writes to bring the device up with one queue: register and value.
+const BRING_UP: [(u64, u32); 12] = [
+    (0x70, 1),
+    (0x70, 3),
+    (0x24, 1),
+    (0x20, 1),
+    (0x70, 11),
+    (0x30, 0),
+    (0x38, 16),
+    (0x80, 0x1000),
+    (0x90, 0x9000),
+    (0xa0, 0x1_1000),
+    (0x44, 1),
+    (0x70, 15),
+];
+
+/// The statuses among these.
+const LADDER: [u32; 4] = [1, 3, 11, 15];
+
+/// The status never shows what was not reached, and the device runs exactly while DRIVER_OK stands without a call for reset.
+fn consistent(t: &mut MmioTransport, probe: &Probe) -> Result<u32, TestCaseError> {
+    let status = read(t, 0x70);
+    let running = probe.0.lock().unwrap().activated.is_some();
+    if status & 0x80 == 0 {
+        prop_assert!(
+            [0, 1, 3, 11, 15, 15 | 0x40].contains(&status),
+            "{status:#x}"
+        );
+        prop_assert_eq!(running, status == 15);
+    }
+    Ok(status)
+}
+
 proptest! {
-    /// Arbitrary accesses never panic, the status never shows what was not reached, and the device runs exactly
-    /// while DRIVER_OK stands without a call for reset.
+    /// Arbitrary accesses, from any point of a good start, never panic and leave the device consistent.
     #[test]
-    fn arbitrary_accesses(accesses in proptest::collection::vec(
+    fn arbitrary_accesses(done in 0..=BRING_UP.len(), accesses in proptest::collection::vec(
         (
             prop_oneof![4 => (0..0x48u64).prop_map(|r| r * 4), 1 => any::<u64>()],
             prop_oneof![8 => Just(4usize), 1 => 0..16usize],
@@ -248,10 +301,16 @@ proptest! {
             ],
             any::<bool>(),
         ),
-        0..200,
+        0..60,
     )) {
         let probe = Probe::default();
         let mut t = transport(&probe);
+        let mut status = 0;
+        for (register, value) in &BRING_UP[..done] {
+            write(&mut t, *register, *value);
+            status = consistent(&mut t, &probe)?;
+        }
+        prop_assert_eq!(status == 15, done == BRING_UP.len());
         for (offset, len, value, is_write) in accesses {
             let mut data = [0; 16];
             data[..8].copy_from_slice(&value.to_le_bytes());
@@ -260,20 +319,19 @@ proptest! {
             } else {
                 t.read(offset, &mut data[..len]);
             }
-            let status = read(&mut t, 0x70);
-            let running = probe.0.lock().unwrap().activated.is_some();
-            if status & 0x80 == 0 {
-                prop_assert!([0, 1, 3, 11, 15, 15 | 0x40].contains(&status), "{status:#x}");
-                prop_assert_eq!(running, status == 15);
-            }
+            consistent(&mut t, &probe)?;
         }
     }
 
-    /// The ladder with the steps a driver would take among others: every good run ends running.
+    /// The ladder, with whatever steps between: nothing is skipped, and a good run after a reset ends running.
     #[test]
-    fn statuses(written in proptest::collection::vec(proptest::sample::select(vec![0u32, 1, 2, 3, 8, 11, 15, 0x40, 0x4f]), 0..40)) {
+    fn statuses(
+        done in 0..=LADDER.len(),
+        between in proptest::collection::vec(proptest::sample::select(vec![0u32, 1, 2, 3, 8, 11, 15, 0x40, 0x4f, 0x80]), 0..40),
+    ) {
+        let good_run = std::iter::once(0).chain(LADDER);
         let mut phase = Phase::Reset;
-        for value in written {
+        for value in LADDER[..done].iter().copied().chain(between).chain(good_run) {
             match phase.next(value) {
                 Step::Reset => {
                     prop_assert_eq!(value, 0);
@@ -283,10 +341,17 @@ proptest! {
                     prop_assert_eq!(next.status() & phase.status(), phase.status());
                     phase = next;
                 }
-                Step::Negotiate => phase = Phase::Features,
-                Step::Activate => phase = Phase::Running,
+                Step::Negotiate => {
+                    prop_assert_eq!(phase, Phase::Driver);
+                    phase = Phase::Features;
+                }
+                Step::Activate => {
+                    prop_assert_eq!(phase, Phase::Features);
+                    phase = Phase::Running;
+                }
                 Step::Ignore => {}
             }
         }
+        prop_assert_eq!(phase, Phase::Running);
     }
 }

@@ -13,6 +13,7 @@ impl Interrupt for Silent {
     fn signal_queue(&self, _index: u16) {}
     fn signal_config(&self) {}
     fn signal_failed(&self) {}
+    fn host_failed(&self, _sentence: String) {}
 }
 
 const SIZE: u16 = 16;
