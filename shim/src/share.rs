@@ -36,9 +36,6 @@ use crate::{
     spec::{BundleSpec, GuestPaths},
 };
 
-/// Parent of the containers' cgroups in the guest.
-const GUEST_CGROUP: &str = "/husk";
-
 /// A container's files that cannot be brought into the share.
 #[derive(Debug, thiserror::Error)]
 pub enum ShareError {
@@ -178,7 +175,6 @@ impl Share {
         }
         let mut paths = GuestPaths {
             rootfs: guest("rootfs"),
-            cgroup: format!("{GUEST_CGROUP}/{id}"),
             ..GuestPaths::default()
         };
         let binds = spec.bind_mounts();

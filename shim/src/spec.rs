@@ -141,8 +141,6 @@ pub struct BindMount {
 pub struct GuestPaths {
     /// The container's root file system.
     pub rootfs: String,
-    /// The container's cgroup.
-    pub cgroup: String,
     /// By index in the spec's mount list: the path in the guest that replaces the source.
     pub mounts: HashMap<usize, String>,
 }
@@ -291,7 +289,8 @@ impl BundleSpec {
         }
         drop_host_hooks(&mut spec);
         if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
-            linux.insert("cgroupsPath".into(), json!(paths.cgroup));
+            // A place among the host's cgroups; the agent has its own.
+            linux.remove("cgroupsPath");
             linux.remove("mountLabel");
             linux.remove("intelRdt");
             drop_host_namespaces(linux);
@@ -299,8 +298,6 @@ impl BundleSpec {
             if let Some(resources) = linux.get_mut("resources") {
                 renumber_cpus(resources, vcpus);
             }
-        } else if let Some(spec) = spec.as_object_mut() {
-            spec.insert("linux".into(), json!({ "cgroupsPath": paths.cgroup }));
         }
         spec
     }

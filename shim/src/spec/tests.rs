@@ -9,7 +9,6 @@ fn spec(json: Value) -> BundleSpec {
 fn rewritten(json: Value) -> Value {
     let paths = GuestPaths {
         rootfs: "/run/husk/share/c/rootfs".into(),
-        cgroup: "/husk/c".into(),
         mounts: HashMap::from([(1, "/run/husk/share/c/mounts/1".into())]),
     };
     spec(json).for_guest(&paths, 2)
@@ -51,7 +50,7 @@ fn paths_become_the_guests() {
     assert_eq!(out["mounts"][0]["source"], "proc");
     assert_eq!(out["mounts"][1]["source"], "/run/husk/share/c/mounts/1");
     assert_eq!(out["mounts"][1]["options"], json!(["rbind", "ro"]));
-    assert_eq!(out["linux"]["cgroupsPath"], "/husk/c");
+    assert_eq!(out["linux"], json!({}));
     assert_eq!(out["unknown"]["kept"], 1);
     assert_eq!(
         spec(json!({"ociVersion": "1", "root": {"path": "rootfs"}})).root_path(),
