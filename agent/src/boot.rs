@@ -141,8 +141,9 @@ pub fn prepare() -> Result<(), BootError> {
         one.mount()
             .doing(|| format!("mounting {} at {}", one.kind, one.at))?;
     }
-    enable_controllers().doing(|| "enabling the cgroup controllers".into())?;
     crate::log::init();
+    // PID 1 stays in the root cgroup, which no limit of the containers' covers.
+    cgroup::hand_down_controllers(Path::new(CGROUP_ROOT));
 
     optional(
         "keeping the out-of-memory killer off PID 1",
@@ -200,19 +201,6 @@ fn leave_rootfs() -> io::Result<()> {
     chroot(".")?;
     chdir("/")?;
     fs::set_permissions("/", fs::Permissions::from_mode(0o755))
-}
-
-/// Hands every controller down to the containers' cgroups. PID 1 stays in the root cgroup, which no limit of theirs covers.
-fn enable_controllers() -> io::Result<()> {
-    let root = Path::new(CGROUP_ROOT);
-    let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
-    for controller in controllers.split_ascii_whitespace() {
-        fs::write(
-            root.join("cgroup.subtree_control"),
-            format!("+{controller}"),
-        )?;
-    }
-    Ok(())
 }
 
 /// Leaves the containers nine tenths of the threads that the kernel makes: a fork bomb without a limit of its own must not

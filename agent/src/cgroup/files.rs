@@ -27,7 +27,7 @@ fn find_root(mountinfo: &str) -> Option<PathBuf> {
 
 /// Lets children use every controller that this cgroup has. One that cannot be handed down is missed when a
 /// limit needs it, and the error says so then.
-pub(super) fn hand_down_controllers(cgroup: &Path) {
+pub(crate) fn hand_down_controllers(cgroup: &Path) {
     let list = |file: &str| fs::read_to_string(cgroup.join(file)).unwrap_or_default();
     let enabled = list("cgroup.subtree_control");
     let missing: Vec<String> = list("cgroup.controllers")

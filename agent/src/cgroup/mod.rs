@@ -18,7 +18,10 @@ use std::time::Duration;
 
 use oci_spec::runtime::LinuxResources;
 
+pub(crate) use files::hand_down_controllers;
+
 use crate::container::error::{LaunchError, Step};
+use crate::stats;
 
 /// The cgroup that holds the containers' cgroups.
 pub(crate) const PARENT: &str = "containers";
@@ -43,8 +46,8 @@ impl Cgroup {
             .step(|| "looking for the cgroup v2 hierarchy in /proc/self/mountinfo".to_owned())?;
         let parent = root.join(PARENT);
         fs::create_dir_all(&parent).step(|| format!("creating cgroup {}", parent.display()))?;
-        files::hand_down_controllers(&root);
-        files::hand_down_controllers(&parent);
+        hand_down_controllers(&root);
+        hand_down_controllers(&parent);
         let path = parent.join(id);
         match fs::create_dir(&path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -159,7 +162,7 @@ impl Cgroup {
 
     /// How often the kernel has killed a process of the container for memory.
     pub fn oom_kills(&self) -> u64 {
-        files::keyed(&self.path.join("memory.events"), "oom_kill").unwrap_or(0)
+        stats::oom_kills(&self.path.join("memory.events"))
     }
 
     /// Kills what still runs and removes the cgroup with all below it. Gone already is fine.

@@ -1,7 +1,8 @@
 //! Containers: from an OCI spec to a process that runs in it.
 //!
-//! The agent is multi-threaded and PID 1, so it sets nothing up in its own process. [`launch`] re-executes
-//! `/proc/self/exe` as `container-init`, a fresh single-threaded process, and hands it a [`job`] over a socket
+//! The agent is PID 1, with threads for what blocks: it can neither enter a container nor fork, so it sets nothing up in
+//! its own process. [`launch`] re-executes `/proc/self/exe` as `container-init`, a fresh single-threaded process, and hands
+//! it a [`job`] over a socket
 //! ([`channel`]). That process ([`init`]) enters the container's cgroup, makes or joins the [`namespaces`] and forks into
 //! them; the child builds the [`rootfs`] out of [`mounts`] and [`devices`], takes on the user's [`identity`], reports that it is
 //! ready and waits. When the gate is released it becomes the user's program. Both processes end up as children of PID 1,
@@ -193,7 +194,7 @@ impl Container {
     }
 
     /// Undoes the set-up: kills what still runs, runs the poststop hooks, removes the cgroup. The mounts went
-    /// with the namespaces.
+    /// with the namespaces: the container's own and, with what opening its sources mounted, that of its launch.
     ///
     /// # Errors
     /// What is left behind. Failed hooks are only logged, as the spec has it.
