@@ -1,7 +1,7 @@
 //! The VMM's configuration and control channel.
 //!
 //! The shim starts `husk-vmm --control-fd N`; N is one end of a `SOCK_SEQPACKET` socketpair on which each packet is one
-//! JSON object of at most [`MAX_PACKET`] bytes. The shim's first message is [`Request::Launch`] with
+//! JSON object of at most [`MAX_PACKET`] bytes. The shim's first message is [`Call::Launch`] with
 //! the whole [`VmConfig`], whose fds the VMM has inherited under the numbers it names. Every request gets
 //! one [`Reply`] with its id, in order; between them the VMM sends [`Event`]s on its own account. The VM ends with its control
 //! channel: when the shim goes, so does the VMM.

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use husk_protocol::vm::{
-    Answer, Call, Event, FromVmm, MAX_PACKET, Reply, Request, VmConfig, VmExit,
+    Answer, BadConfig, Call, Event, FromVmm, MAX_PACKET, Reply, Request, VERSION, VmConfig, VmExit,
 };
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -67,9 +67,15 @@ impl Channel {
         };
         match packet.get(..len) {
             Some([]) => Ok(None),
-            Some(packet) if len <= MAX_PACKET => serde_json::from_slice(packet)
-                .map(Some)
-                .map_err(ControlError::Malformed),
+            Some(packet) if len <= MAX_PACKET => match serde_json::from_slice(packet) {
+                Ok(request) => Ok(Some(request)),
+                Err(error) => {
+                    if let Some((id, text)) = refusal(packet, &error) {
+                        self.reply(id, Err(text))?;
+                    }
+                    Err(ControlError::Malformed(error))
+                }
+            },
             _ => Err(ControlError::TooLong),
         }
     }
@@ -87,9 +93,9 @@ impl Channel {
     }
 
     fn reply(&self, id: u64, result: Result<Answer, String>) -> Result<(), ControlError> {
-        // Half a packet leaves room for JSON's escapes.
+        // JSON writes a control character as six bytes: an eighth of a packet always fits.
         let result = result.map_err(|mut text| {
-            let end = text.floor_char_boundary(MAX_PACKET / 4);
+            let end = text.floor_char_boundary(MAX_PACKET / 8);
             text.truncate(end);
             text
         });
@@ -105,6 +111,22 @@ impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// What to answer, under which id, to a packet that `error` says is no request. A shim of another version may well send fields
+/// that are unknown here, and must hear that it is the version.
+fn refusal(packet: &[u8], error: &serde_json::Error) -> Option<(u64, String)> {
+    let packet: serde_json::Value = serde_json::from_slice(packet).ok()?;
+    let id = packet.get("id")?.as_u64()?;
+    let version = packet
+        .pointer("/call/launch/version")
+        .and_then(serde_json::Value::as_u64)
+        .and_then(|version| u32::try_from(version).ok());
+    let text = match version {
+        Some(version) if version != VERSION => BadConfig::Version(version).to_string(),
+        _ => format!("this is no request that husk-vmm knows: {error}"),
+    };
+    Some((id, text))
 }
 
 /// Serves one VM from its launch to its end. `started` is when the process began.
@@ -123,9 +145,13 @@ pub fn serve(channel: &Channel, mut fds: Inherited, started: u64) -> Result<(), 
         Err(error) => (VmExit::Stopped, Err(error)),
     };
     vm.stop();
+    vm.drain_console();
     tracing::info!(exit = ?exit, "the VM is over");
-    channel.exited(exit)?;
-    result
+    let told = channel.exited(exit);
+    // The process ends now, and takes every thread along. Dropping the VM would wait for file requests that the host's disk
+    // holds up.
+    std::mem::forget(vm);
+    told.and(result)
 }
 
 /// Answers requests until one launches a VM.
@@ -310,6 +336,29 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_request_is_answered_if_it_has_an_id() {
+        let launch = |version: u32| {
+            format!(r#"{{"id":4,"call":{{"launch":{{"version":{version},"surprise":1}}}}}}"#)
+        };
+        for (packet, says) in [
+            (launch(VERSION + 1), "install both from one release"),
+            (launch(VERSION), "unknown field `surprise`"),
+            (r#"{"id":4,"call":"dance"}"#.into(), "dance"),
+            (r#"{"id":4}"#.into(), "call"),
+        ] {
+            let (channel, shim) = pair();
+            say(&shim, packet.as_bytes());
+            assert!(matches!(
+                serve(&channel, Inherited::default(), 0),
+                Err(ControlError::Malformed(_))
+            ));
+            let (id, text) = error_text(hear(&shim));
+            assert_eq!(id, 4);
+            assert!(text.contains(says), "{text}");
+        }
+    }
+
+    #[test]
     fn noise_on_the_channel_is_an_error() {
         for noise in [
             &b"hello"[..],
@@ -328,7 +377,9 @@ mod tests {
     #[test]
     fn an_endless_error_still_fits_a_packet() {
         let (channel, shim) = pair();
-        channel.reply(3, Err("\"ä".repeat(MAX_PACKET))).unwrap();
-        assert_eq!(error_text(hear(&shim)).0, 3);
+        for bit in ["\"ä", "\u{1}"] {
+            channel.reply(3, Err(bit.repeat(MAX_PACKET))).unwrap();
+            assert_eq!(error_text(hear(&shim)).0, 3);
+        }
     }
 }

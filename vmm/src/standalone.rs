@@ -88,6 +88,7 @@ pub fn run(options: Options, started: u64) -> anyhow::Result<ExitCode> {
     let stopped = clock::monotonic();
     let info = vm.info()?;
     vm.stop();
+    vm.drain_console();
     ended?;
 
     let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / 1e6;

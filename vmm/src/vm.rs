@@ -1,7 +1,7 @@
 //! One virtual machine, from its parts to its end.
 //!
-//! [`Vm::launch`] is the recipe: read it from top to bottom. It either returns a running VM or leaves nothing behind, since
-//! every step's result is owned by the next.
+//! [`Vm::launch`] is the recipe: read it from top to bottom. It either returns a running VM or frees what it has made, since
+//! every step's result is owned by the next; only the console's thread, which waits for output, stays until the process ends.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -190,6 +190,10 @@ impl Vm {
     /// Ends the vCPUs for good; returns when none runs.
     pub fn stop(&mut self) {
         self.vcpus.stop();
+    }
+
+    /// Gives the reader of the console a moment to take what the guest has said.
+    pub fn drain_console(&self) {
         self.console.drain(CONSOLE_DRAIN);
     }
 
