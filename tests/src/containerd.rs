@@ -22,11 +22,42 @@ pub const BUSYBOX: &str = "docker.io/library/busybox:husk";
 /// The namespace of everything the suites make.
 pub const NAMESPACE: &str = "husk-test";
 
+/// The image of the container that CRI starts a pod with.
+pub const PAUSE: &str = "docker.io/library/pause:husk";
+
+/// What serves CRI, in the names of 1.7 and of 2.x.
+const CRI_PLUGINS: [&str; 3] = [
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.cri.v1.images",
+];
+
+/// What nobody asks here, and what takes time to start.
+const UNUSED_PLUGINS: [&str; 6] = [
+    "io.containerd.nri.v1.nri",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.tracing.processor.v1.otlp",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.snapshotter.v1.devmapper",
+];
+
+/// A bridge with addresses of its own, as kubeadm's clusters have it.
+const CNI: &str = r#"{
+  "cniVersion": "1.0.0",
+  "name": "husk",
+  "plugins": [
+    { "type": "bridge", "bridge": "husk0", "isGateway": true, "ipMasq": false,
+      "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.88.0.0/16" }]], "routes": [{ "dst": "0.0.0.0/0" }] } },
+    { "type": "portmap", "capabilities": { "portMappings": true } }
+  ]
+}
+"#;
+
 /// A containerd of our own. Dropped, it is stopped and its directory removed.
 pub struct Containerd {
     dir: PathBuf,
     bin: PathBuf,
-    extra_env: Vec<(String, String)>,
     daemon: Mutex<Option<Child>>,
     next_id: AtomicU32,
 }
@@ -37,30 +68,48 @@ impl Containerd {
     /// # Errors
     /// It did not come up; with the end of its log.
     pub fn start(dir: &Path, bin: &Path) -> Result<Self> {
-        Self::start_with_env(dir, bin, &[])
+        // CRI is off: these suites do not ask it.
+        Self::start_with(dir, bin, "", &CRI_PLUGINS)
     }
 
-    /// The same with variables added to its environment, and so to every shim's.
+    /// Starts one that serves CRI, with the runtime handlers `husk` and `runc`, and a network of Debian's CNI plugins.
     ///
     /// # Errors
     /// It did not come up; with the end of its log.
-    pub fn start_with_env(dir: &Path, bin: &Path, extra: &[(&str, &str)]) -> Result<Self> {
+    pub fn start_with_cri(dir: &Path, bin: &Path) -> Result<Self> {
+        let networks = dir.join("cni");
+        fs::create_dir_all(&networks).with_context(|| format!("making {}", networks.display()))?;
+        fs::write(networks.join("10-husk.conflist"), CNI)?;
+        // containerd 2 reads version 2's names of what it has since split up.
+        let settings = format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{}\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.husk]\nruntime_type = \"io.containerd.husk.v2\"\n",
+            networks.display()
+        );
+        Self::start_with(dir, bin, &settings, &[])
+    }
+
+    fn start_with(dir: &Path, bin: &Path, settings: &str, off: &[&str]) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         let containerd = Self {
             dir: dir.to_owned(),
             bin: bin.to_owned(),
-            extra_env: extra
-                .iter()
-                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-                .collect(),
             daemon: Mutex::new(None),
             next_id: AtomicU32::new(1),
         };
-        // Version 2 of the configuration is read by 1.7 and 2.x alike. CRI is off: these suites do not ask it.
+        let off: Vec<String> = UNUSED_PLUGINS
+            .iter()
+            .chain(off)
+            .map(|p| format!("{p:?}"))
+            .collect();
+        // Version 2 of the configuration is read by 1.7 and 2.x alike.
         let config = format!(
-            "version = 2\nroot = \"{root}\"\nstate = \"{state}\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.runtime\", \"io.containerd.cri.v1.images\", \"io.containerd.nri.v1.nri\", \"io.containerd.internal.v1.opt\", \"io.containerd.tracing.processor.v1.otlp\", \"io.containerd.snapshotter.v1.btrfs\", \"io.containerd.snapshotter.v1.zfs\", \"io.containerd.snapshotter.v1.devmapper\"]\n[grpc]\naddress = \"{socket}\"\n[ttrpc]\naddress = \"{socket}.ttrpc\"\n[debug]\nlevel = \"debug\"\n",
+            "version = 2\nroot = \"{root}\"\nstate = \"{state}\"\ndisabled_plugins = [{off}]\n[grpc]\naddress = \"{socket}\"\n[ttrpc]\naddress = \"{socket}.ttrpc\"\n[debug]\nlevel = \"debug\"\n{settings}",
             root = dir.join("root").display(),
             state = dir.join("state").display(),
+            off = off.join(", "),
             socket = containerd.socket().display(),
         );
         fs::write(dir.join("config.toml"), config)?;
@@ -100,7 +149,6 @@ impl Containerd {
             .arg("--config")
             .arg(self.dir.join("config.toml"))
             .env("PATH", self.path_env())
-            .envs(self.extra_env.iter().map(|(k, v)| (k, v)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -183,7 +231,18 @@ impl Containerd {
     /// # Errors
     /// containerd refused it.
     pub fn import(&self, archive: &Path) -> Result<()> {
-        ctr::output(self.ctr().args(["image", "import"]).arg(archive))?.ok()?;
+        self.import_into(NAMESPACE, archive)
+    }
+
+    /// Imports an image archive into a namespace.
+    ///
+    /// # Errors
+    /// containerd refused it.
+    pub fn import_into(&self, namespace: &str, archive: &Path) -> Result<()> {
+        // ctr takes the last --namespace.
+        let mut command = self.ctr();
+        command.args(["--namespace", namespace, "image", "import"]);
+        ctr::output(command.arg(archive))?.ok()?;
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 //! [`task`] asks a shim itself.
 
 pub mod containerd;
+pub mod cri;
 pub mod ctr;
 pub mod events;
 pub mod host;

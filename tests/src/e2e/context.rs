@@ -1,10 +1,14 @@
 //! What every test gets: a containerd with the image in it, the runtime under test, and short ways to use them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Mutex, OnceLock, PoisonError},
+};
 
 use anyhow::Result;
 use husk_tests::{
     containerd::Containerd,
+    cri::{self, Cri},
     ctr::{self, Output, Running},
     runtime::Runtime,
     spec::SpecRun,
@@ -19,6 +23,7 @@ pub struct Context {
     pub runtime: Runtime,
     /// Where husk's binaries are.
     pub bin: PathBuf,
+    cri: OnceLock<(Containerd, Cri)>,
     /// A busybox root file system on the host, for specs with a root path.
     pub rootfs: PathBuf,
 }
@@ -36,7 +41,31 @@ impl Context {
             runtime,
             bin,
             rootfs,
+            cri: OnceLock::new(),
         })
+    }
+
+    /// A kubelet's view of a second containerd, which the first who asks starts.
+    ///
+    /// # Errors
+    /// It did not come up.
+    pub fn cri(&self) -> Result<&Cri> {
+        static STARTING: Mutex<()> = Mutex::new(());
+        let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, cri)) = self.cri.get() {
+            return Ok(cri);
+        }
+        let containerd = Containerd::start_with_cri(Path::new("/run/husk-e2e-cri"), &self.bin)?;
+        containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
+        let cri = Cri::connect(&containerd, self.runtime)?;
+        Ok(&self.cri.get_or_init(|| (containerd, cri)).1)
+    }
+
+    /// The end of the log of CRI's containerd, where it has been started.
+    pub fn cri_log(&self) -> Option<String> {
+        self.cri
+            .get()
+            .map(|(containerd, _)| containerd.log_tail(60))
     }
 
     /// Runs a command in a new container of the busybox image and removes it.

@@ -24,6 +24,7 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod oci;
+mod pods;
 mod run;
 mod signals;
 mod task;
@@ -59,7 +60,7 @@ pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Tes
 }
 
 /// The suites. Those marked alone count what the whole host holds, so nothing runs beside them.
-const SUITES: [(&str, bool, &[Test]); 15] = [
+const SUITES: [(&str, bool, &[Test]); 16] = [
     ("run", false, run::TESTS),
     ("io", false, io::TESTS),
     ("terminal", false, terminal::TESTS),
@@ -69,6 +70,7 @@ const SUITES: [(&str, bool, &[Test]); 15] = [
     ("isolation", false, isolation::TESTS),
     ("task", false, task::TESTS),
     ("oci", false, oci::TESTS),
+    ("pods", false, pods::TESTS),
     ("vm", false, vm::TESTS),
     // 32 vCPUs want the machine for themselves.
     ("vmm", true, vmm::TESTS),
@@ -125,6 +127,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             "the end of containerd's log:\n{}",
             suite.containerd.log_tail(60)
         );
+        if let Some(log) = suite.cri_log() {
+            eprintln!("the end of its log where it serves CRI:\n{log}");
+        }
     }
     Ok(if failed {
         ExitCode::FAILURE
