@@ -285,8 +285,9 @@ fn virtio_devices(
         Box::new(Rng::default()),
         Box::new(balloon),
     ];
+    let count = shares.len();
     for share in shares {
-        let fs = Fs::new(&share.tag, share.root, share.cache)?;
+        let fs = Fs::new(&share.tag, share.root, share.cache, count)?;
         devices.push(Box::new(fs));
     }
     Ok(devices)

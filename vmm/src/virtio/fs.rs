@@ -51,7 +51,7 @@ const QUEUE_SIZES: [u16; 2] = [QUEUE_SIZE; 2];
 /// Size of the tag field (5.11.4), in bytes.
 const TAG_LEN: usize = 36;
 
-/// Fds that the guest's files may not take: devices, vsock connections, and what one request opens for a moment.
+/// Fds of the process that the guest's files may not take: devices, vsock connections, and what one request opens for a moment.
 const RESERVED_FDS: u64 = 2048;
 
 /// How long an entry or attribute is good for under [`CachePolicy::Always`].
@@ -62,15 +62,22 @@ pub struct Fs {
     config: [u8; TAG_LEN + 4],
     root: OwnedFd,
     cache: CachePolicy,
+    /// How many share the process's fds, this one included.
+    shares: u64,
     worker: Option<Worker>,
 }
 
 impl Fs {
-    /// Serves the directory `root` under `tag` (1 to 36 bytes).
+    /// Serves the directory `root` under `tag` (1 to 36 bytes), as one of so many `shares` of this process.
     ///
     /// # Errors
     /// [`BadTag`] when the tag does not fit.
-    pub fn new(tag: &str, root: OwnedFd, cache: CachePolicy) -> Result<Self, BadTag> {
+    pub fn new(
+        tag: &str,
+        root: OwnedFd,
+        cache: CachePolicy,
+        shares: usize,
+    ) -> Result<Self, BadTag> {
         let mut config = [0; TAG_LEN + 4];
         let (name, queues) = config.split_at_mut(TAG_LEN);
         match name.get_mut(..tag.len()) {
@@ -82,6 +89,7 @@ impl Fs {
             config,
             root,
             cache,
+            shares: shares as u64,
             worker: None,
         })
     }
@@ -107,11 +115,16 @@ impl Fs {
             announce_submounts: true,
             allow_direct_io: true,
             allow_mmap: true,
-            guest_fd_limit: limit.saturating_sub(RESERVED_FDS).max(limit / 2),
+            guest_fd_limit: fd_limit(limit, self.shares),
             ..passthrough::Config::default()
         };
         Ok(Server::new(PassthroughFs::new(config)?))
     }
+}
+
+/// The fds that the guest's files in one of so many `shares` may take of a process that may open `limit`.
+fn fd_limit(limit: u64, shares: u64) -> u64 {
+    limit.saturating_sub(RESERVED_FDS).max(limit / 2) / shares.max(1)
 }
 
 impl VirtioDevice for Fs {

@@ -73,7 +73,7 @@ fn name(name: &str) -> Vec<u8> {
 impl Client {
     fn mount(root: &Path, cache: CachePolicy) -> Self {
         let fd = OwnedFd::from(fs::File::open(root).unwrap());
-        let device = Fs::new("share", fd, cache).unwrap();
+        let device = Fs::new("share", fd, cache, 1).unwrap();
         let mut client = Self {
             guest: Guest::start(Box::new(device), 128),
             unique: 0,
@@ -173,9 +173,9 @@ fn the_tag_and_queues_are_in_the_configuration() {
     assert_eq!(&config, b"share\0\0\0");
     assert_eq!(client.guest.read32(0x124), 1);
     let fd = || OwnedFd::from(fs::File::open("/").unwrap());
-    assert!(Fs::new("", fd(), CachePolicy::Auto).is_err());
-    assert!(Fs::new(&"x".repeat(37), fd(), CachePolicy::Auto).is_err());
-    assert!(Fs::new(&"x".repeat(36), fd(), CachePolicy::Auto).is_ok());
+    assert!(Fs::new("", fd(), CachePolicy::Auto, 1).is_err());
+    assert!(Fs::new(&"x".repeat(37), fd(), CachePolicy::Auto, 1).is_err());
+    assert!(Fs::new(&"x".repeat(36), fd(), CachePolicy::Auto, 1).is_ok());
 }
 
 #[test]
@@ -479,6 +479,21 @@ fn requests_without_room_for_an_answer_are_dropped() {
     assert!(dir.path().join("file").exists());
     assert_eq!(client.read(file, open, 0, 100), b"here");
     assert_eq!(client.guest.status(), 15);
+}
+
+/// However many shares there are, what is reserved for the process itself is left.
+#[test]
+fn shares_divide_what_fds_there_are() {
+    for limit in [0, 1000, 4096, 1_000_000] {
+        for shares in [1, 2, 3, 100] {
+            let all = fd_limit(limit, shares) * shares;
+            assert!(
+                all + RESERVED_FDS.min(limit / 2) <= limit,
+                "{limit} {shares}"
+            );
+        }
+    }
+    assert_eq!(fd_limit(1_000_000, 1), 1_000_000 - RESERVED_FDS);
 }
 
 /// Two shares in one process do not disturb each other, nor do their threads' working directories.

@@ -9,6 +9,9 @@ use nix::sys::socket::{
     sendmsg, socketpair,
 };
 
+/// Most fds of one packet (`SCM_MAX_FD`): with room for all of them none is left over, open and unknown.
+const MAX_FDS: usize = 253;
+
 /// The VMM's end of the bridge.
 pub struct Bridge {
     socket: OwnedFd,
@@ -72,7 +75,7 @@ impl Bridge {
     /// When the socket fails.
     pub fn take(&self) -> io::Result<Incoming> {
         let mut packet = [0; PACKET_LEN + 1];
-        let mut space = nix::cmsg_space!([RawFd; 4]);
+        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
         let mut iov = [IoSliceMut::new(&mut packet)];
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
         let socket = self.socket.as_raw_fd();
@@ -85,7 +88,11 @@ impl Bridge {
         };
         let len = message.bytes;
         let mut sockets = Vec::new();
-        for control in message.cmsgs()? {
+        // The packet has been taken, whatever is wrong with it: without room for its fds in this process, for one.
+        let Ok(controls) = message.cmsgs() else {
+            return Ok(Incoming::Noise);
+        };
+        for control in controls {
             if let ControlMessageOwned::ScmRights(fds) = control {
                 sockets.extend(fds.into_iter().map(own));
             }

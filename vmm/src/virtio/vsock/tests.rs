@@ -3,6 +3,7 @@
 mod driver;
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 
@@ -85,6 +86,20 @@ fn refusals_in_both_directions() {
     drop(shim);
     driver.dial((9, 2));
     driver.until(|d| d.end((9, 2)).reset);
+}
+
+#[test]
+fn noise_on_the_bridge_does_not_end_it() {
+    let (mut driver, shim) = Driver::start();
+    let (socket, mut other) = UnixStream::pair().unwrap();
+    let fd = socket.as_raw_fd();
+    for fds in [&[][..], &[fd; 2], &[fd; 5], &[fd; 253]] {
+        shim.send(7, fds);
+    }
+    drop(socket);
+    // None of them is kept.
+    assert_eq!(other.read(&mut [0; 1]).unwrap(), 0);
+    driver.open(&shim, (1, 2));
 }
 
 #[test]

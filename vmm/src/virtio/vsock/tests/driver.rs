@@ -49,17 +49,21 @@ impl Shim {
 
     pub fn dial(&self, port: u32) -> UnixStream {
         let (ours, theirs) = UnixStream::pair().unwrap();
+        self.send(port, &[theirs.as_raw_fd()]);
+        ours
+    }
+
+    /// A dial with these fds, of which one is right.
+    pub fn send(&self, port: u32, fds: &[RawFd]) {
         let packet = Crossing::ToGuest { port }.encode();
-        let fds = [theirs.as_raw_fd()];
         sendmsg::<()>(
             self.bridge.as_raw_fd(),
             &[IoSlice::new(&packet)],
-            &[ControlMessage::ScmRights(&fds)],
+            &[ControlMessage::ScmRights(fds)],
             MsgFlags::empty(),
             None,
         )
         .unwrap();
-        ours
     }
 }
 
