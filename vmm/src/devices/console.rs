@@ -1,7 +1,8 @@
 //! The guest's console output: the last lines for a panic report, and a forwarder that never holds a vCPU up.
 //!
 //! A vCPU thread appends to a bounded buffer; one thread, which exists only where the output is wanted, writes that
-//! buffer to the shim. A reader that stalls costs lost output, which is counted and said, never a stalled guest.
+//! buffer to the shim. A reader that stalls costs lost output, which is counted and said, never a stalled guest; and so does a guest
+//! that talks without end, which must not fill the host's disk. The last lines are kept in any case.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -16,6 +17,9 @@ use husk_protocol::vm::CONSOLE_TAIL_LINES;
 const LINE_MAX: usize = 400;
 /// Output waiting for a slow reader.
 const BACKLOG_MAX: usize = 64 * 1024;
+/// Output that is forwarded within [`PERIOD`] at most. A whole boot is a tenth of it.
+const PERIOD_MAX: usize = 1 << 20;
+const PERIOD: Duration = Duration::from_secs(10);
 
 /// The last lines of a stream of bytes.
 #[derive(Debug, Default)]
@@ -71,6 +75,8 @@ struct Backlog {
     bytes: VecDeque<u8>,
     /// Bytes dropped since the last that were kept.
     lost: u64,
+    /// When the current [`PERIOD`] began, and what has been kept in it.
+    period: Option<(Instant, usize)>,
     /// The forwarder is between taking bytes and having written them.
     writing: bool,
     /// The reader is gone: nothing is kept for it any more.
@@ -147,26 +153,46 @@ impl Write for Console {
     }
 }
 
+impl Backlog {
+    /// Keeps `bytes`, or counts them as lost; false if there is nothing new to write.
+    fn push(&mut self, bytes: &[u8], now: Instant) -> bool {
+        let (start, kept) = match self.period {
+            Some((start, kept)) if now.saturating_duration_since(start) < PERIOD => (start, kept),
+            _ => (now, 0),
+        };
+        let fits = kept + bytes.len() <= PERIOD_MAX
+            && self.bytes.len() + bytes.len() <= BACKLOG_MAX
+            && !self.closed;
+        if fits {
+            self.period = Some((start, kept + bytes.len()));
+            self.say_lost();
+            self.bytes.extend(bytes);
+        } else {
+            self.lost += bytes.len() as u64;
+        }
+        fits
+    }
+
+    fn say_lost(&mut self) {
+        if self.lost > 0 && !self.closed {
+            let note = format!(
+                "\n[{} bytes of console output lost: more than the reader took, or than {} KiB in {} s]\n",
+                self.lost,
+                PERIOD_MAX >> 10,
+                PERIOD.as_secs()
+            );
+            self.bytes.extend(note.as_bytes());
+            self.lost = 0;
+        }
+    }
+}
+
 impl Forward {
     fn push(&self, bytes: &[u8]) {
         let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
-        if backlog.closed {
-            return;
+        if backlog.push(bytes, Instant::now()) {
+            self.changed.notify_all();
         }
-        if backlog.bytes.len() + bytes.len() > BACKLOG_MAX {
-            backlog.lost += bytes.len() as u64;
-            return;
-        }
-        if backlog.lost > 0 {
-            let note = format!(
-                "\n[{} bytes of console output lost: the reader is slow]\n",
-                backlog.lost
-            );
-            backlog.bytes.extend(note.as_bytes());
-            backlog.lost = 0;
-        }
-        backlog.bytes.extend(bytes);
-        self.changed.notify_all();
     }
 
     fn run(&self, out: &mut impl Write) {
@@ -198,6 +224,8 @@ impl Forward {
     fn drain(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
+        backlog.say_lost();
+        self.changed.notify_all();
         while !backlog.closed && (backlog.writing || !backlog.bytes.is_empty()) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -284,6 +312,50 @@ mod tests {
             std::thread::yield_now();
         }
         drained.join().unwrap();
+    }
+
+    #[test]
+    fn a_guest_that_talks_without_end_is_cut_short() {
+        let mut backlog = Backlog::default();
+        let start = Instant::now();
+        let mut forwarded = 0;
+        for _ in 0..10_000 {
+            backlog.push(&[b'x'; 1000], start);
+            forwarded += std::mem::take(&mut backlog.bytes).len();
+        }
+        assert_eq!(forwarded, PERIOD_MAX / 1000 * 1000);
+        assert_eq!(backlog.lost, 10_000_000 - forwarded as u64);
+        // Then it may speak again, and the gap is said once.
+        for _ in 0..2 {
+            assert!(backlog.push(b"again\n", start + PERIOD));
+        }
+        let bytes: Vec<u8> = std::mem::take(&mut backlog.bytes).into();
+        let text = String::from_utf8(bytes).unwrap();
+        assert_eq!(text.matches("bytes of console output lost").count(), 1);
+        assert!(text.ends_with("s]\nagain\nagain\n"), "{text}");
+    }
+
+    /// At the end of the VM the reader hears what it has missed, and the report has the last words.
+    #[test]
+    fn a_flood_ends_with_the_newest_lines() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut console = Console::new(Some(writer.into())).unwrap();
+        let block = [&[b'x'; 1023][..], b"\n"].concat();
+        for _ in 0..3 << 10 {
+            console.write_all(&block).unwrap();
+        }
+        console.write_all(b"Kernel panic\n").unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            let mut chunk = [0; 4096];
+            while !String::from_utf8_lossy(&all).contains("output lost") {
+                let count = reader.read(&mut chunk).unwrap();
+                all.extend_from_slice(&chunk[..count]);
+            }
+        });
+        console.drain(Duration::from_secs(60));
+        reading.join().unwrap();
+        assert_eq!(console.tail().last().unwrap(), "Kernel panic");
     }
 
     #[test]
