@@ -1,8 +1,4 @@
-use std::fs::File;
-use std::os::fd::OwnedFd;
-
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{Bytes, FileOffset, GuestRegionMmap, MmapRegion};
+use vm_memory::Bytes;
 
 use super::*;
 use crate::virtio::testing::Guest;
@@ -14,10 +10,7 @@ fn pfns(pages: &[u32]) -> Vec<u8> {
 }
 
 fn started() -> (Guest, BalloonHandle) {
-    started_with(crate::virtio::testing::memory())
-}
-
-fn started_with(memory: GuestMemoryMmap) -> (Guest, BalloonHandle) {
+    let memory = crate::virtio::testing::memory();
     let (balloon, handle) = Balloon::new(&GuestMemory::new(memory.clone()));
     let guest = Guest::with_memory(Box::new(balloon), 64, memory);
     (guest, handle)
@@ -97,29 +90,6 @@ fn free_pages_that_are_reported_are_dropped() {
         assert_eq!(page(&guest, (at >> PAGE_SHIFT) + number), [0; 4096]);
     }
     assert_eq!(page(&guest, (at >> PAGE_SHIFT) + 3), FULL);
-}
-
-#[test]
-fn a_shared_file_loses_the_pages_themselves() {
-    let len = 32 << 20;
-    let file: OwnedFd = memfd_create("guest", MFdFlags::MFD_CLOEXEC).unwrap();
-    let file = File::from(file);
-    file.set_len(len).unwrap();
-    let offset = FileOffset::new(file.try_clone().unwrap(), 0);
-    let region = MmapRegion::from_file(offset, len as usize).unwrap();
-    let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
-    let (mut guest, _) = started_with(GuestMemoryMmap::from_regions(vec![region]).unwrap());
-    for page in 4096..4196 {
-        fill(&guest, page);
-    }
-    let blocks = || std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
-    // The driver's own buffers have their pages from the first request on.
-    inflate_pages(&mut guest, &[4096]);
-    let before = blocks();
-    inflate_pages(&mut guest, &(4096..4196).collect::<Vec<u32>>());
-    // In blocks of 512 bytes; the first page has gone already.
-    assert_eq!(before - blocks(), 99 * 8);
-    assert_eq!(page(&guest, 4100), [0; 4096]);
 }
 
 #[test]
