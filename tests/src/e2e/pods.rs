@@ -41,9 +41,13 @@ fn sharing(suite: &Context) -> Result<()> {
     a.sh("echo from-a > /tmp/note")?.ok()?;
     ensure!(b.sh("cat /tmp/note")?.code == 1, "b sees a's /tmp");
     // The loopback interface is one, too.
-    a.sh("(echo hello | nc -l -p 7777 -s 127.0.0.1) >/dev/null 2>&1 & sleep 0.5")?
-        .ok()?;
-    ensure!(b.sh("nc -w 5 127.0.0.1 7777 </dev/null")?.ok()? == "hello");
+    let server = pod.start(container(&["sh", "-c", "echo hello | nc -l -p 7777"]))?;
+    let heard = wait::until("the server to answer", || {
+        let answer = b.sh("nc -w 5 127.0.0.1 7777 </dev/null").ok()?;
+        (answer.code == 0).then_some(answer.out)
+    })?;
+    ensure!(heard == "hello", "{heard}");
+    server.remove()?;
     Ok(())
 }
 
