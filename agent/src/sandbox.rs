@@ -107,7 +107,7 @@ impl Plan {
 }
 
 fn check(request: &CreateSandboxRequest) -> Result<(), AgentError> {
-    if !request.interfaces.is_empty() || !request.routes.is_empty() {
+    if request.network.is_some() {
         return Err(AgentError::Unsupported(
             "this agent configures no network interfaces or routes yet: ask for none",
         ));
@@ -264,7 +264,7 @@ mod tests {
             Plan::new(request).unwrap_err().code()
         };
         assert_eq!(
-            refused(|r| r.interfaces.push(Default::default())),
+            refused(|r| r.network = Some(Default::default()).into()),
             ttrpc::Code::UNIMPLEMENTED
         );
         assert_eq!(

@@ -4,14 +4,14 @@
 //! JSON object of at most [`MAX_PACKET`] bytes. The shim's first message is [`Call::Launch`] with
 //! the whole [`VmConfig`], whose fds the VMM has inherited under the numbers it names. Every request gets
 //! one [`Reply`] with its id, in order; between them the VMM sends [`Event`]s on its own account. The VM ends with its control
-//! channel: when the shim goes, so does the VMM.
+//! channel: when the shim goes, so does the VMM. Descriptors that come after the start travel beside their request (`SCM_RIGHTS`).
 
 use std::os::fd::RawFd;
 
 use serde::{Deserialize, Serialize};
 
 /// Version of the messages below. Shim and VMM are installed together; a mismatch is refused at launch.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Longest packet on the control channel, in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -21,6 +21,19 @@ pub const MIN_MEMORY_MIB: u64 = 64;
 
 /// Most vCPUs of one VM.
 pub const MAX_VCPUS: u8 = 32;
+
+/// Most network devices of one VM.
+pub const MAX_NICS: usize = 8;
+
+/// Most pairs of queues of one network device.
+pub const MAX_QUEUE_PAIRS: u16 = 8;
+
+/// The Ethernet address that a VM's network device starts with: a locally administered one, by which the agent finds the device
+/// that it then gives the address of the host's interface.
+#[must_use]
+pub const fn nic_mac(nic: u8) -> [u8; 6] {
+    [0x02, b'h', b'u', b's', b'k', nic]
+}
 
 /// Lines of guest console that a [`VmExit::GuestPanic`] carries at most.
 pub const CONSOLE_TAIL_LINES: usize = 40;
@@ -49,6 +62,8 @@ pub struct VmConfig {
     pub vsock_fd: RawFd,
     /// Shared directories.
     pub shares: Vec<ShareConfig>,
+    /// Network devices, at most [`MAX_NICS`]. They start without a link; [`Call::AttachNic`] gives them one.
+    pub nics: Vec<NicConfig>,
     /// Where the guest's console goes as it comes; `None`: only the last lines are kept, for a panic.
     pub console_fd: Option<RawFd>,
     /// The guest logs its boot on the serial console (slow: for debugging a guest that does not come up).
@@ -65,6 +80,14 @@ pub struct ShareConfig {
     pub root_fd: RawFd,
     /// How long the guest may trust what it has read.
     pub cache: CachePolicy,
+}
+
+/// One virtio-net device; its number is its place in the list, its address [`nic_mac`] of that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// Pairs of queues, 1 to [`MAX_QUEUE_PAIRS`].
+    pub queue_pairs: u16,
 }
 
 /// virtio-fs cache policy.
@@ -102,6 +125,13 @@ pub enum Call {
     SetBalloon {
         /// Target size; bounded by the guest's memory.
         target_mib: u64,
+    },
+    /// Connect a network device, which has no link yet, to a tap. The tap's descriptors, one for each of its queues (at least one, at
+    /// most as many as the device has pairs), come beside the request; made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and
+    /// `IFF_MULTI_QUEUE` where there are several. The guest sees its link come up.
+    AttachNic {
+        /// Number of the device.
+        nic: u8,
     },
     /// Memory figures.
     Info,
@@ -212,6 +242,16 @@ impl VmConfig {
         if self.memory_mib < MIN_MEMORY_MIB {
             return Err(BadConfig::Memory(self.memory_mib));
         }
+        if self.nics.len() > MAX_NICS {
+            return Err(BadConfig::Nics(self.nics.len()));
+        }
+        if let Some(nic) = self
+            .nics
+            .iter()
+            .find(|nic| !(1..=MAX_QUEUE_PAIRS).contains(&nic.queue_pairs))
+        {
+            return Err(BadConfig::QueuePairs(nic.queue_pairs));
+        }
         // The tag fills a 36-byte field of the device's configuration space (virtio 1.2, 5.11.4).
         match self
             .shares
@@ -241,6 +281,12 @@ pub enum BadConfig {
     /// Tag does not fit.
     #[error("virtio-fs tag {0:?} does not fit: 1 to 36 bytes")]
     Tag(String),
+    /// Too many network devices.
+    #[error("{0} network devices asked for: a VM has at most {MAX_NICS}")]
+    Nics(usize),
+    /// Queue pairs of a network device out of range.
+    #[error("{0} queue pairs asked for: a network device has 1 to {MAX_QUEUE_PAIRS}")]
+    QueuePairs(u16),
 }
 
 #[cfg(test)]
@@ -263,6 +309,7 @@ mod tests {
                 root_fd: 8,
                 cache: CachePolicy::Auto,
             }],
+            nics: vec![NicConfig { queue_pairs: 1 }],
             console_fd: None,
             debug_console: false,
         }
@@ -294,6 +341,15 @@ mod tests {
         assert_eq!(
             with(|c| c.shares[0].tag.clear()),
             Err(BadConfig::Tag(String::new()))
+        );
+        for queue_pairs in [0, 9] {
+            let mut c = config();
+            c.nics[0].queue_pairs = queue_pairs;
+            assert_eq!(c.check(), Err(BadConfig::QueuePairs(queue_pairs)));
+        }
+        assert_eq!(
+            with(|c| c.nics = vec![NicConfig { queue_pairs: 1 }; 9]),
+            Err(BadConfig::Nics(9))
         );
     }
 

@@ -211,6 +211,7 @@ fn answer(vm: &mut Vm, call: Call) -> Result<Answer, String> {
         Call::Pause => vm.pause(),
         Call::Resume => vm.resume(),
         Call::SetBalloon { target_mib } => vm.set_balloon(target_mib).map_err(|e| sentence(&e))?,
+        Call::AttachNic { nic } => return Err(format!("this VM has no network device {nic}")),
         Call::Info => return vm.info().map(Answer::Info).map_err(|e| sentence(&e)),
         Call::Stop => vm.stop(),
     }
@@ -315,6 +316,7 @@ mod tests {
             kernel_params: String::new(),
             vsock_fd: 1_000_003,
             shares: Vec::new(),
+            nics: Vec::new(),
             console_fd: None,
             debug_console: false,
         };

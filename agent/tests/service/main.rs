@@ -23,7 +23,7 @@ use husk_agent::sandbox::Milestones;
 use husk_agent::service::Service;
 use husk_protocol::agent::{
     AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
-    ExecProcessRequest, Interface, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest,
+    ExecProcessRequest, Network, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest,
     Stdio, WaitProcessResponse,
 };
 use processes::Processes;
@@ -459,7 +459,7 @@ async fn unknown_ids_and_unsupported_requests_are_refused() {
     );
     guest.delete("x").await.expect("not there is deleted");
     let networked = CreateSandboxRequest {
-        interfaces: vec![Interface::new()],
+        network: Some(Network::new()).into(),
         ..Default::default()
     };
     let create = async |request| {

@@ -261,6 +261,7 @@ impl Machine for Process {
                 root_fd: SHARE_FD,
                 cache: self.cache,
             }],
+            nics: Vec::new(),
             console_fd: Some(CONSOLE_FD),
             debug_console: plan.debug_console,
         };
