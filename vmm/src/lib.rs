@@ -16,6 +16,7 @@ pub mod kvm;
 pub mod layout;
 pub mod memory;
 pub mod parts;
+pub mod rights;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

@@ -1,16 +1,15 @@
 //! Connections to and from the shim: packets of `husk_protocol::bridge` with a socket beside them.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use husk_protocol::bridge::{Connection, PACKET_LEN};
+use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
 
-/// Most fds of one packet (`SCM_MAX_FD`): with room for all of them none is left over, open and unknown.
-const MAX_FDS: usize = 253;
+use crate::rights::{self, Received};
 
 /// The VMM's end of the bridge.
 pub struct Bridge {
@@ -75,28 +74,16 @@ impl Bridge {
     /// When the socket fails.
     pub fn take(&self) -> io::Result<Incoming> {
         let mut packet = [0; PACKET_LEN + 1];
-        let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
-        let mut iov = [IoSliceMut::new(&mut packet)];
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let socket = self.socket.as_raw_fd();
-        let message = match recvmsg::<()>(socket, &mut iov, Some(&mut space), flags) {
-            Ok(message) => message,
-            Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => {
-                return Ok(Incoming::Nothing);
-            }
+        let received = rights::receive(self.as_fd(), &mut packet, MsgFlags::MSG_DONTWAIT);
+        let Received { len, fds } = match received {
+            Ok(received) => received,
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Incoming::Nothing),
             Err(error) => return Err(error.into()),
         };
-        let len = message.bytes;
-        let mut sockets = Vec::new();
-        // The packet has been taken, whatever is wrong with it: without room for its fds in this process, for one.
-        let Ok(controls) = message.cmsgs() else {
+        // The packet has been taken, whatever is wrong with it.
+        let Some(mut sockets) = fds else {
             return Ok(Incoming::Noise);
         };
-        for control in controls {
-            if let ControlMessageOwned::ScmRights(fds) = control {
-                sockets.extend(fds.into_iter().map(own));
-            }
-        }
         if len == 0 {
             return Ok(Incoming::End);
         }
@@ -108,10 +95,4 @@ impl Bridge {
             _ => Ok(Incoming::Noise),
         }
     }
-}
-
-#[allow(unsafe_code, reason = "recvmsg(2) hands over fds as numbers")]
-fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just made this fd for us, and nothing else knows it.
-    unsafe { OwnedFd::from_raw_fd(fd) }
 }
