@@ -7,12 +7,13 @@
 //! its table while the device works changes nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Error as RingError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,7 +38,7 @@ pub enum QueueError {
         queue: u16,
         /// What virtio-queue found.
         #[source]
-        source: virtio_queue::Error,
+        source: RingError,
     },
     /// One chain is malformed.
     #[error("queue {queue}: the descriptor chain at {head} is malformed")]
@@ -104,10 +105,11 @@ pub struct DeviceQueue {
     queue: Queue,
     index: u16,
     max_bytes: u32,
+    event_idx: bool,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
-    /// Chains were used since the driver was last notified.
-    unannounced: bool,
+    /// Chains used since the driver was last asked whether it wants to be notified.
+    unannounced: u16,
 }
 
 impl DeviceQueue {
@@ -119,12 +121,13 @@ impl DeviceQueue {
         interrupt: Arc<dyn Interrupt>,
     ) -> Self {
         Self {
+            event_idx: active.queue.state().event_idx_enabled,
             queue: active.queue,
             index,
             max_bytes,
             kick: active.kick,
             interrupt,
-            unannounced: false,
+            unannounced: 0,
         }
     }
 
@@ -179,10 +182,39 @@ impl DeviceQueue {
         head: u16,
         len: u32,
     ) -> Result<(), QueueError> {
-        self.unannounced = true;
-        self.queue
-            .add_used(memory, head, len)
-            .map_err(|source| self.ring(source))
+        self.push_used_together(memory, &[(head, len)])
+    }
+
+    /// Gives several chains back, each with the bytes of its writable part that were written; the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// [`QueueError::Ring`] when the used ring cannot be written.
+    pub fn push_used_together(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        used: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let size = self.queue.size();
+        let mut next = self.queue.next_used();
+        for (head, len) in used {
+            if *head >= size {
+                return Err(self.ring(RingError::InvalidDescriptorIndex));
+            }
+            // virtio 1.2, 2.7.8: flags and index, two bytes each, then eight bytes an entry.
+            let at = self.at(self.queue.used_ring(), 4 + 8 * u64::from(next % size))?;
+            memory
+                .write_obj([u32::from(*head).to_le(), len.to_le()], at)
+                .map_err(|source| self.ring(RingError::GuestMemory(source)))?;
+            next = next.wrapping_add(1);
+            self.unannounced = self.unannounced.saturating_add(1);
+        }
+        // Whoever sees the index sees the entries.
+        let index = self.at(self.queue.used_ring(), 2)?;
+        memory
+            .store(next.to_le(), index, Ordering::Release)
+            .map_err(|source| self.ring(RingError::GuestMemory(source)))?;
+        self.queue.set_next_used(next);
+        Ok(())
     }
 
     /// Interrupts the driver if something was used since the last call and it wants to know.
@@ -190,17 +222,38 @@ impl DeviceQueue {
     /// # Errors
     /// [`QueueError::Ring`] when the driver's wish cannot be read.
     pub fn notify(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
-        if !std::mem::take(&mut self.unannounced) {
-            return Ok(());
-        }
-        if self
-            .queue
-            .needs_notification(memory)
-            .map_err(|source| self.ring(source))?
-        {
+        let count = std::mem::take(&mut self.unannounced);
+        if count > 0 && self.wants_notification(memory, count)? {
             self.interrupt.signal_queue(self.index);
         }
         Ok(())
+    }
+
+    /// True if the index at which the driver wants to be notified is among the last `count` of the used ring.
+    fn wants_notification(&self, memory: &GuestMemoryMmap, count: u16) -> Result<bool, QueueError> {
+        if !self.event_idx {
+            return Ok(true);
+        }
+        // The driver writes its wish and then looks at the used index; here it is the other way round.
+        fence(Ordering::SeqCst);
+        // virtio 1.2, 2.7.6: flags and index, two bytes an entry, then `used_event`.
+        let offset = 4 + 2 * u64::from(self.queue.size());
+        let wish: u16 = memory
+            .load(self.at(self.queue.avail_ring(), offset)?, Ordering::Relaxed)
+            .map_err(|source| self.ring(RingError::GuestMemory(source)))?;
+        let next = self.queue.next_used();
+        Ok(next.wrapping_sub(u16::from_le(wish)).wrapping_sub(1) < count)
+    }
+
+    fn at(&self, ring: u64, offset: u64) -> Result<GuestAddress, QueueError> {
+        GuestAddress(ring)
+            .checked_add(offset)
+            .ok_or_else(|| self.ring(RingError::AddressOverflow))
+    }
+
+    /// Descriptors of the queue: the most chains that it can hold.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Asks the driver for a kick at its next buffer; true if one is there already.
@@ -222,7 +275,7 @@ impl DeviceQueue {
         }
     }
 
-    fn ring(&self, source: virtio_queue::Error) -> QueueError {
+    fn ring(&self, source: RingError) -> QueueError {
         QueueError::Ring {
             queue: self.index,
             source,

@@ -201,6 +201,79 @@ fn chains_that_were_put_back_come_again() {
     assert_eq!((next(), next(), next()), (Some(1), Some(2), None));
 }
 
+#[test]
+fn chains_that_are_used_together_are_seen_together() {
+    let memory = memory();
+    let mock = MockSplitQueue::new(&memory, SIZE);
+    let mut queue = device_queue(&mock, 100);
+    // Around the end of the ring.
+    for head in 0..SIZE - 1 {
+        queue.push_used(&memory, head, 0).unwrap();
+    }
+    let outside = queue.push_used_together(&memory, &[(1, 1), (SIZE, 1)]);
+    assert!(matches!(outside, Err(QueueError::Ring { .. })));
+    assert_eq!(mock.used().idx().load(), SIZE - 1, "none is seen");
+    queue
+        .push_used_together(&memory, &[(7, 10), (3, 20), (5, 30)])
+        .unwrap();
+    assert_eq!(mock.used().idx().load(), SIZE + 2);
+    for (slot, (head, len)) in [(SIZE - 1, (7, 10)), (0, (3, 20)), (1, (5, 30))] {
+        let entry = mock.used().ring().ref_at(slot.into()).unwrap().load();
+        assert_eq!((entry.id(), entry.len()), (head, len));
+    }
+}
+
+/// Counts notifications.
+#[derive(Default)]
+struct Counter(std::sync::atomic::AtomicU32);
+
+impl Interrupt for Counter {
+    fn signal_queue(&self, _index: u16) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+    fn signal_config(&self) {}
+    fn signal_failed(&self) {}
+    fn host_failed(&self, _sentence: String) {}
+}
+
+/// How often a driver that wishes to hear of the use of entry `wish` is notified when the ring starts at `start` and
+/// `batches` of so many entries are used.
+fn notifications(event_idx: bool, start: u16, wish: u16, batches: &[u16]) -> u32 {
+    let memory = memory();
+    let mock = MockSplitQueue::new(&memory, SIZE);
+    let mut active = mock.create_queue::<Queue>().unwrap();
+    // The mock's rings overlap.
+    active.set_used_ring_address(Some(A as u32), None);
+    active.set_event_idx(event_idx);
+    active.set_next_used(start);
+    let wish_at = GuestAddress(active.avail_ring() + 4 + 2 * u64::from(SIZE));
+    memory.write_obj(wish.to_le(), wish_at).unwrap();
+    let active = ActiveQueue {
+        queue: active,
+        kick: eventfd(),
+    };
+    let counter = Arc::new(Counter::default());
+    let mut queue = DeviceQueue::new(active, 0, 100, Arc::clone(&counter) as Arc<dyn Interrupt>);
+    for batch in batches {
+        let used = vec![(0, 0); usize::from(*batch)];
+        queue.push_used_together(&memory, &used).unwrap();
+        queue.notify(&memory).unwrap();
+        queue.notify(&memory).unwrap();
+    }
+    counter.0.load(Ordering::SeqCst)
+}
+
+#[test]
+fn the_driver_is_notified_of_what_it_wishes_to_hear_of() {
+    assert_eq!(notifications(false, 0, 0, &[1, 3, 1]), 3);
+    // It was in the first batch, in the second, in none.
+    assert_eq!(notifications(true, 0, 2, &[3, 3]), 1);
+    assert_eq!(notifications(true, 0, 3, &[3, 3]), 1);
+    assert_eq!(notifications(true, 0, 6, &[3, 3]), 0);
+    assert_eq!(notifications(true, u16::MAX - 1, 0, &[1, 1, 1, 1]), 1);
+    assert_eq!(notifications(true, u16::MAX - 1, 0, &[2]), 0);
+}
+
 /// Addresses near what matters: in memory, at the edges of regions, in the gap, and anywhere.
 fn address() -> impl Strategy<Value = u64> {
     let edges: Vec<u64> = REGIONS
