@@ -11,9 +11,10 @@ use husk_protocol::vm::{
 };
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, send};
 
 use crate::parts::{Inherited, Parts};
+use crate::rights::{self, Received};
 use crate::sentence;
 use crate::vm::Vm;
 
@@ -54,12 +55,12 @@ impl Channel {
         Self(socket)
     }
 
-    /// The next request; `None` when the shim has closed its end.
-    fn receive(&self) -> Result<Option<Request>, ControlError> {
+    /// The next request and the descriptors beside it; `None` when the shim has closed its end.
+    fn receive(&self) -> Result<Option<(Request, Beside)>, ControlError> {
         // One more than allowed, so that a longer packet is seen to be longer.
         let mut packet = vec![0; MAX_PACKET + 1];
-        let len = loop {
-            match recv(self.0.as_raw_fd(), &mut packet, MsgFlags::empty()) {
+        let Received { len, fds } = loop {
+            match rights::receive(self.as_fd(), &mut packet, MsgFlags::empty()) {
                 Err(Errno::EINTR) => {}
                 Err(Errno::ECONNRESET) => return Ok(None),
                 result => break result.map_err(|e| ControlError::Receive(e.into()))?,
@@ -68,7 +69,7 @@ impl Channel {
         match packet.get(..len) {
             Some([]) => Ok(None),
             Some(packet) if len <= MAX_PACKET => match serde_json::from_slice(packet) {
-                Ok(request) => Ok(Some(request)),
+                Ok(request) => Ok(Some((request, Beside(fds)))),
                 Err(error) => {
                     if let Some((id, text)) = refusal(packet, &error) {
                         self.reply(id, Err(text))?;
@@ -104,6 +105,19 @@ impl Channel {
 
     fn exited(&self, exit: VmExit) -> Result<(), ControlError> {
         self.send(&FromVmm::Event(Event::Exited(exit)))
+    }
+}
+
+/// The descriptors that came beside a request; `None` if some were lost. They are closed unless it takes them.
+#[derive(Debug)]
+struct Beside(Option<Vec<OwnedFd>>);
+
+impl Beside {
+    fn take(self) -> Result<Vec<OwnedFd>, String> {
+        self.0.ok_or_else(|| {
+            "not all of the descriptors beside the request arrived: husk-vmm has too many open"
+                .into()
+        })
     }
 }
 
@@ -161,7 +175,8 @@ fn launch(
     started: u64,
 ) -> Result<Option<Vm>, ControlError> {
     loop {
-        let Some(Request { id, call }) = channel.receive()? else {
+        // What is launched names its descriptors by number: they were inherited.
+        let Some((Request { id, call }, _)) = channel.receive()? else {
             return Ok(None);
         };
         let Call::Launch(config) = call else {
@@ -193,9 +208,9 @@ fn converse(channel: &Channel, vm: &mut Vm) -> Result<VmExit, ControlError> {
             Ready::End => return Ok(vm.exit()),
             Ready::Request => match channel.receive()? {
                 None => return Ok(VmExit::Stopped),
-                Some(Request { id, call }) => {
+                Some((Request { id, call }, beside)) => {
                     let stop = matches!(call, Call::Stop);
-                    channel.reply(id, answer(vm, call))?;
+                    channel.reply(id, answer(vm, call, beside))?;
                     if stop {
                         return Ok(VmExit::Stopped);
                     }
@@ -205,13 +220,15 @@ fn converse(channel: &Channel, vm: &mut Vm) -> Result<VmExit, ControlError> {
     }
 }
 
-fn answer(vm: &mut Vm, call: Call) -> Result<Answer, String> {
+fn answer(vm: &mut Vm, call: Call, beside: Beside) -> Result<Answer, String> {
     match call {
         Call::Launch(_) => return Err("the VM has been launched already".into()),
         Call::Pause => vm.pause(),
         Call::Resume => vm.resume(),
         Call::SetBalloon { target_mib } => vm.set_balloon(target_mib).map_err(|e| sentence(&e))?,
-        Call::AttachNic { nic } => return Err(format!("this VM has no network device {nic}")),
+        Call::AttachNic { nic } => vm
+            .attach_nic(nic, beside.take()?)
+            .map_err(|e| sentence(&e))?,
         Call::Info => return vm.info().map(Answer::Info).map_err(|e| sentence(&e)),
         Call::Stop => vm.stop(),
     }
@@ -244,8 +261,13 @@ fn wait(channel: BorrowedFd<'_>, ended: BorrowedFd<'_>) -> Result<Ready, Control
 
 #[cfg(test)]
 mod tests {
+    use std::io::IoSlice;
+    use std::os::fd::RawFd;
+
     use husk_protocol::vm::FromVmm;
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use nix::sys::socket::{
+        AddressFamily, ControlMessage, SockFlag, SockType, recv, sendmsg, socketpair,
+    };
 
     use super::*;
 
@@ -262,6 +284,18 @@ mod tests {
 
     fn say(shim: &OwnedFd, packet: &[u8]) {
         send(shim.as_raw_fd(), packet, MsgFlags::empty()).unwrap();
+    }
+
+    fn say_with(shim: &OwnedFd, packet: &[u8], fds: &[RawFd]) {
+        let rights = [ControlMessage::ScmRights(fds)];
+        let iov = [IoSlice::new(packet)];
+        sendmsg::<()>(shim.as_raw_fd(), &iov, &rights, MsgFlags::empty(), None).unwrap();
+    }
+
+    /// A pipe's two ends: reading from the first ends when every copy of the second is closed.
+    fn pipe() -> (std::fs::File, OwnedFd) {
+        let (reads, writes) = nix::unistd::pipe().unwrap();
+        (reads.into(), writes)
     }
 
     fn hear(shim: &OwnedFd) -> FromVmm {
@@ -300,6 +334,51 @@ mod tests {
                 (id, "no VM has been launched yet".into())
             );
         }
+    }
+
+    #[test]
+    fn descriptors_come_with_their_request() {
+        let (channel, shim) = pair();
+        let (mut end, writes) = pipe();
+        let request = br#"{"id":7,"call":{"attach-nic":{"nic":1}}}"#;
+        say_with(&shim, request, &[writes.as_raw_fd(); 2]);
+        say(&shim, request);
+        drop(writes);
+        for count in [2, 0] {
+            let (Request { call, .. }, beside) = channel.receive().unwrap().unwrap();
+            assert_eq!(call, Call::AttachNic { nic: 1 });
+            assert_eq!(beside.take().unwrap().len(), count);
+        }
+        assert_eq!(
+            io::Read::read(&mut end, &mut [0]).unwrap(),
+            0,
+            "none is left open"
+        );
+        assert!(Beside(None).take().unwrap_err().contains("not all"));
+    }
+
+    #[test]
+    fn descriptors_that_no_request_takes_are_closed() {
+        let (channel, shim) = pair();
+        let (mut end, writes) = pipe();
+        let fds = [writes.as_raw_fd()];
+        for request in [
+            &br#"{"id":1,"call":{"attach-nic":{"nic":0}}}"#[..],
+            br#"{"id":1,"call":"info"}"#,
+        ] {
+            say_with(&shim, request, &fds);
+        }
+        say_with(&shim, b"noise", &fds);
+        drop(writes);
+        assert!(matches!(
+            serve(&channel, Inherited::default(), 0),
+            Err(ControlError::Malformed(_))
+        ));
+        for _ in 0..2 {
+            let (_, text) = error_text(hear(&shim));
+            assert_eq!(text, "no VM has been launched yet");
+        }
+        assert_eq!(io::Read::read(&mut end, &mut [0]).unwrap(), 0);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use husk_protocol::vm::{BadConfig, CachePolicy, VmConfig};
+use husk_protocol::vm::{BadConfig, CachePolicy, NicConfig, VmConfig};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 /// Everything one VM is built from.
@@ -35,6 +35,8 @@ pub struct Parts {
     pub vsock: OwnedFd,
     /// virtio-fs devices.
     pub shares: Vec<Share>,
+    /// Network devices, which get their taps later.
+    pub nics: Vec<NicConfig>,
     /// Where console output goes as it comes.
     pub console: Option<OwnedFd>,
     /// The guest logs its boot on the console.
@@ -144,6 +146,7 @@ impl Parts {
             kernel_params: config.kernel_params,
             vsock: fds.take("vsock_fd", config.vsock_fd)?,
             shares,
+            nics: config.nics,
             console: config
                 .console_fd
                 .map(|fd| fds.take("console_fd", fd))

@@ -9,10 +9,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use husk_protocol::vm::{CachePolicy, VmExit};
+use husk_protocol::vm::{CachePolicy, NicConfig, VmExit};
 use husk_protocol::{guest_path, vm::MAX_VCPUS, vm::MIN_MEMORY_MIB};
 use husk_vmm::clock;
 use husk_vmm::parts::{Parts, Share};
+use husk_vmm::virtio::net::open_tap;
 use husk_vmm::vm::Vm;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -36,6 +37,9 @@ pub struct Options {
     /// Share this directory with the guest as virtio-fs tag "husk"
     #[arg(long, value_name = "DIR")]
     share: Option<PathBuf>,
+    /// Connect the guest to the tap of this name; one is made if there is none
+    #[arg(long, value_name = "NAME")]
+    tap: Option<String>,
     /// Log the guest's whole boot; its console goes to standard output either way
     #[arg(long)]
     console: bool,
@@ -62,6 +66,10 @@ pub fn run(options: Options, started: u64) -> anyhow::Result<ExitCode> {
             cache: CachePolicy::Auto,
         }],
     };
+    let tap = options
+        .tap
+        .map(|name| open_tap(&name, 1).with_context(|| format!("cannot open the tap {name}")))
+        .transpose()?;
     // Nobody sits at the other end of the bridge: a guest that dials is not answered.
     let (bridge, _silence) = UnixDatagram::pair().context("cannot make a socket pair")?;
     let parts = Parts {
@@ -74,6 +82,7 @@ pub fn run(options: Options, started: u64) -> anyhow::Result<ExitCode> {
         kernel_params: options.params,
         vsock: bridge.into(),
         shares,
+        nics: tap.iter().map(|_| NicConfig { queue_pairs: 1 }).collect(),
         console: Some(
             io::stdout()
                 .as_fd()
@@ -83,6 +92,9 @@ pub fn run(options: Options, started: u64) -> anyhow::Result<ExitCode> {
         debug_console: options.console,
     };
     let mut vm = Vm::launch(parts, started)?;
+    if let Some(tap) = tap {
+        vm.attach_nic(0, tap)?;
+    }
     let times = vm.launch_times();
     let ended = wait(&vm);
     let stopped = clock::monotonic();

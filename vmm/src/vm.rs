@@ -8,7 +8,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use husk_protocol::vm::{LaunchTimes, VmExit, VmInfo};
+use husk_protocol::vm::{LaunchTimes, NicConfig, VmExit, VmInfo, nic_mac};
 use vm_memory::{GuestAddressSpace as _, GuestMemoryMmap};
 
 use crate::boot::{self, BootError, cmdline};
@@ -26,6 +26,7 @@ use crate::vcpu::{Shared, VcpuError, Vcpus};
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::fs::{BadTag, Fs};
 use crate::virtio::mmio::{self, MmioTransport, NewTransportError};
+use crate::virtio::net::{AttachError, Net, NicHandle};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{GuestMemory, VirtioDevice};
@@ -80,6 +81,26 @@ pub enum VmError {
         /// MiB of guest RAM.
         most: u64,
     },
+    /// More than there are interrupt lines for.
+    #[error("{0} virtio devices asked for: a VM has at most {most}, shares and network devices among them", most = layout::MAX_VIRTIO_DEVICES)]
+    TooManyDevices(usize),
+    /// No such network device.
+    #[error("this VM has {count} network devices, and none of number {nic}")]
+    NoNic {
+        /// Number asked for.
+        nic: u8,
+        /// Network devices of the VM, numbered from 0.
+        count: usize,
+    },
+    /// A network device was not connected.
+    #[error("cannot connect network device {nic}")]
+    AttachNic {
+        /// Its number.
+        nic: u8,
+        /// Why not.
+        #[source]
+        source: AttachError,
+    },
 }
 
 /// A running VM. Dropping it stops it.
@@ -87,6 +108,7 @@ pub struct Vm {
     // The order is the order of dropping: vCPUs before the memory that they run in.
     vcpus: Vcpus,
     balloon: BalloonHandle,
+    nics: Vec<NicHandle>,
     console: Console,
     ending: Arc<Ending>,
     memory: GuestMemory,
@@ -119,7 +141,8 @@ impl Vm {
         let ports = ports(&machine, &console, &ending)?;
         let memory = GuestMemory::new(ram);
         let (balloon, balloon_handle) = Balloon::new(&memory);
-        let devices = virtio_devices(parts.vsock, parts.shares, balloon)?;
+        let (nics, nic_handles) = network_devices(&parts.nics);
+        let devices = virtio_devices(parts.vsock, parts.shares, balloon, nics)?;
         let virtio_devices = devices.len();
         let mmio = mmio_bus(&machine, devices, &memory, &ending)?;
 
@@ -157,6 +180,7 @@ impl Vm {
         Ok(Self {
             vcpus,
             balloon: balloon_handle,
+            nics: nic_handles,
             console,
             ending,
             memory,
@@ -213,6 +237,14 @@ impl Vm {
         let pages = u32::try_from(target_mib * BALLOON_PAGES_PER_MIB).map_err(|_| too_much)?;
         self.balloon.set_target_pages(pages);
         Ok(())
+    }
+
+    /// Connects network device `nic` to a tap, by a descriptor for each of the tap's queues.
+    ///
+    /// # Errors
+    /// There is no such device, it is connected already, or the descriptors are not what it needs.
+    pub fn attach_nic(&mut self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
+        attach(&self.nics, nic, taps)
     }
 
     /// Memory figures.
@@ -279,6 +311,7 @@ fn virtio_devices(
     vsock: OwnedFd,
     shares: Vec<Share>,
     balloon: Balloon,
+    nics: Vec<Net>,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, VmError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![
         Box::new(Vsock::new(GUEST_CID, vsock)),
@@ -290,7 +323,31 @@ fn virtio_devices(
         let fs = Fs::new(&share.tag, share.root, share.cache, count)?;
         devices.push(Box::new(fs));
     }
+    for nic in nics {
+        devices.push(Box::new(nic));
+    }
+    if devices.len() > layout::MAX_VIRTIO_DEVICES {
+        return Err(VmError::TooManyDevices(devices.len()));
+    }
     Ok(devices)
+}
+
+/// The network devices, and what connects each.
+fn network_devices(configs: &[NicConfig]) -> (Vec<Net>, Vec<NicHandle>) {
+    (0u8..)
+        .zip(configs)
+        .map(|(nic, config)| Net::new(nic_mac(nic), config.queue_pairs))
+        .unzip()
+}
+
+fn attach(nics: &[NicHandle], nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
+    let count = nics.len();
+    nics.get(usize::from(nic))
+        .ok_or(VmError::NoNic { nic, count })?
+        .attach(taps)
+        .map_err(|source| VmError::AttachNic { nic, source })?;
+    tracing::info!(nic, "a network device is connected");
+    Ok(())
 }
 
 /// Gives each device a transport, a window, an interrupt line, and a notification a queue.
@@ -324,5 +381,51 @@ impl BusDevice for MmioTransport {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         Self::write(self, offset, data);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sentence;
+    use crate::virtio::testing;
+
+    #[test]
+    fn a_network_device_is_named_by_its_number() {
+        let config = NicConfig { queue_pairs: 1 };
+        let (nics, handles) = network_devices(&[config.clone(), config]);
+        for (nic, device) in (0u8..).zip(&nics) {
+            let mut mac = [0; 6];
+            device.read_config(0, &mut mac);
+            assert_eq!(mac, nic_mac(nic));
+        }
+        let error = attach(&handles, 2, Vec::new()).unwrap_err();
+        assert_eq!(
+            sentence(&error),
+            "this VM has 2 network devices, and none of number 2"
+        );
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let error = attach(&handles, 1, vec![null.into()]).unwrap_err();
+        assert!(
+            sentence(&error).starts_with("cannot connect network device 1: "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn devices_come_in_order_and_are_counted() {
+        let devices = |nics: u16| {
+            let memory = GuestMemory::new(testing::memory());
+            let (bridge, _) = std::os::unix::net::UnixDatagram::pair().unwrap();
+            let nics: Vec<_> = (0..nics).map(|_| Net::new(nic_mac(0), 1).0).collect();
+            virtio_devices(bridge.into(), Vec::new(), Balloon::new(&memory).0, nics)
+        };
+        let ids: Vec<_> = devices(2).unwrap().iter().map(|d| d.device_id()).collect();
+        // Vsock, entropy, balloon, and the network last.
+        assert_eq!(ids, [19, 4, 5, 1, 1]);
+        let most = layout::MAX_VIRTIO_DEVICES as u16;
+        assert!(devices(most - 3).is_ok());
+        let error = devices(most - 2).map(drop).unwrap_err();
+        assert!(error.to_string().contains("at most 19"), "{error}");
     }
 }

@@ -72,6 +72,8 @@ pub struct Guest {
     pub transport: MmioTransport,
     pub queues: Vec<DriverQueue>,
     pub features: u64,
+    /// Features that the driver does not accept from its next start on.
+    pub refused: u64,
     irq: EventFd,
     /// The end of the VM that the device may report.
     pub ending: Arc<Ending>,
@@ -86,11 +88,26 @@ impl Guest {
         Self::with_memory(device, queue_size, memory())
     }
 
+    /// As [`Self::start`], but without the features `refused`.
+    pub fn start_without(refused: u64, device: Box<dyn VirtioDevice>, queue_size: u16) -> Self {
+        let mut guest = Self::new(device, memory());
+        guest.refused = refused;
+        guest.bring_up(queue_size);
+        guest
+    }
+
     pub fn with_memory(
         device: Box<dyn VirtioDevice>,
         queue_size: u16,
         memory: GuestMemoryMmap,
     ) -> Self {
+        let mut guest = Self::new(device, memory);
+        guest.bring_up(queue_size);
+        guest
+    }
+
+    /// A device that no driver has touched.
+    pub fn new(device: Box<dyn VirtioDevice>, memory: GuestMemoryMmap) -> Self {
         let irq = eventfd();
         let ending = Arc::new(Ending::new().unwrap());
         let transport = MmioTransport::new(
@@ -100,19 +117,18 @@ impl Guest {
             Arc::clone(&ending),
         )
         .unwrap();
-        let mut guest = Self {
+        Self {
             memory,
             transport,
             queues: Vec::new(),
             features: 0,
+            refused: 0,
             irq,
             ending,
             heap: 1 << 20,
             recycled: HashMap::new(),
             done: HashMap::new(),
-        };
-        guest.bring_up(queue_size);
-        guest
+        }
     }
 
     pub fn read32(&mut self, offset: u64) -> u32 {
@@ -139,7 +155,7 @@ impl Guest {
         self.features = 0;
         for page in 0..2u32 {
             self.write32(0x14, page);
-            let bits = self.read32(0x10);
+            let bits = self.read32(0x10) & !((self.refused >> (32 * page)) as u32);
             self.features |= u64::from(bits) << (32 * page);
             self.write32(0x24, page);
             self.write32(0x20, bits);
