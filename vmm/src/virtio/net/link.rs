@@ -180,20 +180,20 @@ impl Link {
         if pairs == 0 || usize::from(pairs) > most {
             return false;
         }
-        let before = std::mem::replace(&mut state.pairs, pairs);
-        match state.match_up() {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    pairs,
-                    "network queues"
-                );
-                state.pairs = before;
-                // As many as could be set are in use.
-                state.wake();
-                false
+        let result = match &mut state.taps {
+            Some(taps) => taps.use_queues(pairs.into()),
+            None => Ok(()),
+        };
+        match &result {
+            Ok(()) => state.pairs = pairs,
+            Err(error) if may_log_about_guest() => {
+                let error = error as &dyn std::error::Error;
+                tracing::error!(error, pairs, "the tap's queues cannot be set");
             }
+            Err(_) => {}
         }
+        // As many as could be set are in use.
+        state.wake();
+        result.is_ok()
     }
 }
