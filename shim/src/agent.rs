@@ -7,8 +7,8 @@ use std::{future::Future, time::Duration};
 
 use husk_protocol::agent::{
     AgentClient, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateSandboxRequest, CreateSandboxResponse, Empty, Event, ExecProcessRequest, ProcessRequest,
-    ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
+    CreateSandboxRequest, CreateSandboxResponse, Empty, Event, ExecProcessRequest, Network,
+    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
     WaitProcessResponse,
 };
 use tokio::{net::UnixStream, time::timeout};
@@ -100,6 +100,17 @@ impl Agent {
         let request = Empty::new();
         let call = self.client.destroy_sandbox(Context::default(), &request);
         self.call("power the guest off", Some(ON_THE_SPOT), call)
+            .await
+            .map(drop)
+    }
+
+    /// Configures a network that has come after the start.
+    ///
+    /// # Errors
+    /// As [`Self::create_sandbox`].
+    pub async fn update_network(&self, network: &Network) -> Result<(), TaskError> {
+        let call = self.client.update_network(Context::default(), network);
+        self.call("set the guest's network up", Some(ON_THE_SPOT), call)
             .await
             .map(drop)
     }

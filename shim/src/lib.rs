@@ -23,6 +23,7 @@ pub mod input;
 pub mod lifecycle;
 pub mod log;
 pub mod mount;
+pub mod network;
 pub mod phase;
 pub mod sandbox;
 pub mod service;

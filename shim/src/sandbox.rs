@@ -19,6 +19,7 @@ use tokio::{
     net::UnixStream,
     sync::{mpsc, oneshot, watch},
     time::timeout,
+    try_join,
 };
 use tracing::{Instrument as _, debug, info, info_span, warn};
 
@@ -27,7 +28,12 @@ use crate::{
     cgroup::{self, PodCgroup},
     config::Config,
     context::ShimContext,
-    error::chain,
+    error::{TaskError, chain},
+    network::{
+        self, Network,
+        late::{Late, Plugger},
+        model::Found,
+    },
     phase::{Phase, PhaseSender, PhaseWatch},
     share::Share,
     sizing::{self, Bounds, Size},
@@ -62,6 +68,9 @@ pub struct Sandbox {
     phase: PhaseSender,
     machine: OnceLock<Arc<dyn Machine>>,
     size: OnceLock<Size>,
+    network: OnceLock<Arc<Network>>,
+    /// Whoever looks for a network that was not there at the start.
+    late: OnceLock<Late>,
     /// Why the shim itself ended the VM, where it did.
     doom: OnceLock<String>,
     /// The start is over, whatever came of it: it makes nothing on the host any more.
@@ -82,6 +91,8 @@ impl Sandbox {
             phase: PhaseSender::default(),
             machine: OnceLock::new(),
             size: OnceLock::new(),
+            network: OnceLock::new(),
+            late: OnceLock::new(),
             doom: OnceLock::new(),
             settled: watch::Sender::new(false),
             timeline: Timeline::default(),
@@ -145,6 +156,7 @@ impl Sandbox {
                         reason: reason.into(),
                     })),
                 }
+                self.release_network().await;
             }
         }
         self.settled.send_replace(true);
@@ -165,25 +177,46 @@ impl Sandbox {
         let (agent_sender, agent_connection) = oneshot::channel();
         tokio::spawn(Arc::clone(self).dispatch(spawned.connections, agent_sender));
 
-        let plan = self.plan(machine.pid()).await?;
+        let (spec, network) = self.read_spec().await?;
+        let _ = self.network.set(Arc::clone(&network));
+        let (mut plan, found) = try_join!(self.plan(machine.pid(), spec), async {
+            Ok(network.scan(network::LIMIT).await?)
+        })?;
+        let vcpus = plan.size.vcpus;
+        plan.nics = network.nics(&found, vcpus);
         info!(
             vcpus = plan.size.vcpus,
             memory_mib = plan.size.memory_mib,
+            nics = plan.nics.len(),
             vmm = machine.pid(),
             "starting the VM"
         );
         let limit = self.config.start_timeout;
         let connect = async {
-            let times = machine
-                .launch(plan)
-                .instrument(info_span!("launch"))
-                .await?;
-            self.timeline
-                .mark_at(Point::VcpusRunning, Moment(times.vcpus_running));
-            let connection = agent_connection
-                .instrument(info_span!("kernel_to_agent"))
-                .await;
-            connection.map_err(|_| VmError::Ended("its vsock bridge closed".into()))
+            let launch = async {
+                let times = machine
+                    .launch(plan)
+                    .instrument(info_span!("launch"))
+                    .await?;
+                self.timeline
+                    .mark_at(Point::VcpusRunning, Moment(times.vcpus_running));
+                Ok::<(), VmError>(())
+            };
+            let plug = async { Ok(network.plug(&found, vcpus).await?) };
+            let ((), taps) = try_join!(launch, plug)?;
+            let attach = async {
+                for (nic, fds) in (0..).zip(taps) {
+                    machine.attach_nic(nic, fds).await?;
+                }
+                Ok(())
+            };
+            let dialled = async {
+                let connection = agent_connection.await;
+                connection.map_err(|_| VmError::Ended("its vsock bridge closed".into()))
+            };
+            let dialled = dialled.instrument(info_span!("kernel_to_agent"));
+            let (connection, ()) = try_join!(dialled, attach)?;
+            Ok(connection)
         };
         let ended = || async {
             let reason = self.phase.watch().gone().await;
@@ -203,7 +236,7 @@ impl Sandbox {
         self.timeline.mark(Point::AgentConnected);
         let agent = Agent::new(stream, self.phase.watch());
         let guest = agent
-            .create_sandbox(&self.sandbox_request()?)
+            .create_sandbox(&self.sandbox_request(&found)?)
             .instrument(info_span!("create_sandbox"))
             .await
             .map_err(|e| VmError::Other(format!("the guest cannot be set up: {}", e.message())))?;
@@ -215,19 +248,34 @@ impl Sandbox {
             memory_bytes = guest.memory_bytes,
             "the guest is ready"
         );
+        if network.waits(&found) {
+            let plugger = Plugger {
+                network,
+                machine,
+                agent: agent.clone(),
+                vcpus,
+            };
+            let _ = self.late.set(Late::look_out(plugger, self.phase.watch()));
+        }
         Ok(agent)
     }
 
-    /// Reads what the VM must be from the bundle, and gives the VMM its place on the host.
-    async fn plan(&self, vmm: u32) -> Result<LaunchPlan, VmError> {
-        let (bundle, config, pod, id) = (
-            self.bundle.clone(),
-            self.config.clone(),
-            self.pod.clone(),
-            self.id.clone(),
-        );
-        let planned = tokio::task::spawn_blocking(move || {
+    /// Reads the spec, and which network it means.
+    async fn read_spec(&self) -> Result<(BundleSpec, Arc<Network>), VmError> {
+        let (bundle, id) = (self.bundle.clone(), self.id.clone());
+        let read = tokio::task::spawn_blocking(move || {
             let spec = BundleSpec::load(&bundle).map_err(|e| VmError::Other(chain(&e)))?;
+            let network = Arc::new(Network::of_spec(&spec, &id)?);
+            Ok((spec, network))
+        });
+        read.await
+            .map_err(|e| VmError::Other(format!("cannot read the container's spec: {e}")))?
+    }
+
+    /// Decides what the VM must be, and gives the VMM its place on the host.
+    async fn plan(&self, vmm: u32, spec: BundleSpec) -> Result<LaunchPlan, VmError> {
+        let (config, pod, id) = (self.config.clone(), self.pod.clone(), self.id.clone());
+        let planned = tokio::task::spawn_blocking(move || {
             // Not the shim's, which is as low as containerd's own.
             let score = spec.oom_score_adj();
             if let Err(error) = process::set_oom_score_adj(vmm, score) {
@@ -262,7 +310,7 @@ impl Sandbox {
         Ok(plan)
     }
 
-    fn sandbox_request(&self) -> Result<CreateSandboxRequest, VmError> {
+    fn sandbox_request(&self, found: &Found) -> Result<CreateSandboxRequest, VmError> {
         let mut entropy = vec![0; ENTROPY_LEN];
         streams::random(&mut entropy).map_err(|source| VmError::Host {
             doing: "read random bytes for the guest",
@@ -280,8 +328,27 @@ impl Sandbox {
             }],
             wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
             entropy,
+            network: (!found.interfaces.is_empty()).then(|| found.into()).into(),
             ..Default::default()
         })
+    }
+
+    /// Returns when the guest has what the pod's network namespace has now: a network that was not there at the start may be by now.
+    ///
+    /// # Errors
+    /// Why the guest cannot have it.
+    pub async fn refresh_network(&self) -> Result<(), TaskError> {
+        match self.late.get() {
+            Some(late) => late.look().await,
+            None => Ok(()),
+        }
+    }
+
+    /// What was made in the pod's network namespace goes.
+    async fn release_network(&self) {
+        if let Some(network) = self.network.get() {
+            network.release().await;
+        }
     }
 
     /// Gives each connection of the guest to whom it belongs, and closes those that belong to nobody.
@@ -389,6 +456,7 @@ impl Sandbox {
                 "the VM's start does not end although the VM has gone"
             );
         }
+        self.release_network().await;
     }
 }
 
@@ -423,6 +491,7 @@ fn plan_for(spec: &BundleSpec, config: &Config, id: String) -> Result<LaunchPlan
         size,
         kernel_params: params.join(" "),
         debug_console: overrides.debug_console.unwrap_or(config.debug_console),
+        nics: Vec::new(),
     })
 }
 

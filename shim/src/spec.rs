@@ -96,7 +96,16 @@ struct Mount {
 #[serde(default, rename_all = "camelCase")]
 struct Linux {
     cgroups_path: Option<PathBuf>,
+    namespaces: Option<Vec<Namespace>>,
     resources: Option<Resources>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+struct Namespace {
+    #[serde(rename = "type")]
+    kind: String,
+    path: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -134,6 +143,17 @@ pub struct BindMount {
     pub read_only: bool,
     /// What the host mounts below the source later does not follow.
     pub private: bool,
+}
+
+/// The network that a spec asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkNamespace<'a> {
+    /// None of its own: the host's.
+    Host,
+    /// A new one, with nothing in it.
+    New,
+    /// One that is there.
+    At(&'a Path),
 }
 
 /// Where the guest finds what the host prepared.
@@ -199,6 +219,17 @@ impl BundleSpec {
     /// Its cgroup on the host.
     pub fn cgroups_path(&self) -> Option<&Path> {
         self.read.linux.as_ref()?.cgroups_path.as_deref()
+    }
+
+    /// Its network.
+    pub fn network_namespace(&self) -> NetworkNamespace<'_> {
+        let namespaces = self.read.linux.iter().flat_map(|linux| &linux.namespaces);
+        let network = namespaces.flatten().find(|ns| ns.kind == "network");
+        match network.map(|ns| ns.path.as_deref()) {
+            None => NetworkNamespace::Host,
+            Some(Some(path)) if !path.as_os_str().is_empty() => NetworkNamespace::At(path),
+            Some(_) => NetworkNamespace::New,
+        }
     }
 
     /// How gladly the kernel kills the VM when the host runs out of memory. A pod's sandbox container holds nothing and is spared by its

@@ -30,7 +30,7 @@ impl Container {
         self.change(|life| life.begin_start(exec_id))?;
         let started = match self.agent().await {
             Err(error) => Err(error),
-            Ok(agent) if exec_id.is_empty() => agent.start_container(&self.id).await,
+            Ok(agent) if exec_id.is_empty() => self.start_init(&agent).await,
             Ok(agent) => self.start_exec(&agent, exec_id).await,
         };
         match &started {
@@ -41,6 +41,12 @@ impl Container {
             }
         }
         started
+    }
+
+    async fn start_init(&self, agent: &Agent) -> Result<(), TaskError> {
+        // Docker sets the network up between Create and Start.
+        self.sandbox.refresh_network().await?;
+        agent.start_container(&self.id).await
     }
 
     fn exit_of_failed_start(&self, error: &TaskError) -> Exit {

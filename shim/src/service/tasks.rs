@@ -207,6 +207,7 @@ impl Tasks {
             error = cancelled() => return Err(error),
             agent = phase.agent() => agent.map_err(|reason| TaskError::failed(reason.to_string()))?,
         };
+        self.sandbox.refresh_network().await?;
         let spec_json = serde_json::to_vec(&spec.for_guest(paths, self.sandbox.vcpus()))
             .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
         let parts = Parts {

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    os::fd::{AsFd as _, OwnedFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -61,6 +62,14 @@ impl Control {
     /// # Errors
     /// [`ControlError`].
     pub async fn call(&self, call: Call) -> Result<Answer, ControlError> {
+        self.call_with(call, Vec::new()).await
+    }
+
+    /// Asks, with fds beside the request, and waits for the answer.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn call_with(&self, call: Call, fds: Vec<OwnedFd>) -> Result<Answer, ControlError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         match self.waiting().as_mut() {
@@ -69,10 +78,13 @@ impl Control {
         }
         let packet = serde_json::to_vec(&Request { id, call })
             .map_err(|e| ControlError::Refused(e.to_string()))?;
-        self.socket
-            .send(&packet)
-            .await
-            .map_err(|_| ControlError::Closed)?;
+        let sent = {
+            let borrowed: Vec<_> = fds.iter().map(OwnedFd::as_fd).collect();
+            self.socket.send(&packet, &borrowed).await
+        };
+        // The VMM has its own by now.
+        drop(fds);
+        sent.map_err(|_| ControlError::Closed)?;
         match receiver.await {
             Ok(result) => result.map_err(ControlError::Refused),
             Err(_) => Err(ControlError::Closed),
@@ -123,10 +135,13 @@ impl Control {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::OwnedFd;
+    use std::{
+        io::{IoSliceMut, Write as _},
+        mem::MaybeUninit,
+    };
 
     use husk_protocol::vm::Reply;
-    use rustix::net::{RecvFlags, SendFlags};
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg};
 
     use super::*;
 
@@ -139,6 +154,41 @@ mod tests {
     fn post(vmm: &OwnedFd, message: &FromVmm) {
         let packet = serde_json::to_vec(message).unwrap();
         rustix::net::send(vmm, &packet, SendFlags::empty()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn fds_arrive_beside_their_request() {
+        let (ours, vmm) = Seqpacket::pair().unwrap();
+        let control = Control::new(ours);
+        let (reader, writer) = std::io::pipe().unwrap();
+        let asked = tokio::spawn(async move {
+            let call = Call::AttachNic { nic: 3 };
+            control.call_with(call, vec![writer.into()]).await
+        });
+        let vmm_side = tokio::task::spawn_blocking(move || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let mut buffer = vec![0; MAX_PACKET];
+            let mut parts = [IoSliceMut::new(&mut buffer)];
+            let message = recvmsg(&vmm, &mut parts, &mut ancillary, RecvFlags::empty()).unwrap();
+            let mut fds = ancillary.drain().flat_map(|part| match part {
+                RecvAncillaryMessage::ScmRights(fds) => fds,
+                _ => panic!("fds were expected"),
+            });
+            let mut pipe = std::fs::File::from(fds.next().unwrap());
+            assert!(fds.next().is_none());
+            let request: Request = serde_json::from_slice(&buffer[..message.bytes]).unwrap();
+            assert_eq!(request.call, Call::AttachNic { nic: 3 });
+            pipe.write_all(b"tap").unwrap();
+            drop(pipe);
+            let result = Ok(Answer::Done);
+            let id = request.id;
+            post(&vmm, &FromVmm::Reply(Reply { id, result }));
+        });
+        assert_eq!(asked.await.unwrap(), Ok(Answer::Done));
+        vmm_side.await.unwrap();
+        // To its end: the shim holds no end of its own any more.
+        assert_eq!(std::io::read_to_string(reader).unwrap(), "tap");
     }
 
     #[tokio::test]

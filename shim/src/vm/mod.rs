@@ -14,13 +14,13 @@ pub mod seqpacket;
 use std::{os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use husk_protocol::vm::{LaunchTimes, VmExit};
+use husk_protocol::vm::{LaunchTimes, NicConfig, VmExit};
 use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
 };
 
-use crate::sizing::Size;
+use crate::{network::NetworkError, sizing::Size};
 
 /// What a VM is started with, beyond what the node's configuration says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +33,8 @@ pub struct LaunchPlan {
     pub kernel_params: String,
     /// The guest logs its boot.
     pub debug_console: bool,
+    /// Network devices; their taps come with [`Machine::attach_nic`].
+    pub nics: Vec<NicConfig>,
 }
 
 /// A vsock connection that the guest has dialled.
@@ -72,6 +74,12 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// [`VmError`] with the VMM's own reason.
     async fn launch(&self, plan: LaunchPlan) -> Result<LaunchTimes, VmError>;
+
+    /// Gives a network device of the running VM its tap, an fd for each of its queues: its link comes up.
+    ///
+    /// # Errors
+    /// [`VmError`] with the VMM's own reason.
+    async fn attach_nic(&self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError>;
 
     /// Ends it now, whatever state it is in. Returns at once; [`Machine::ended`] tells when it is over.
     fn kill(&self);
@@ -209,6 +217,9 @@ pub enum VmError {
         /// The last console lines.
         console: String,
     },
+    /// The pod's network cannot be had.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The spec, annotations or agent made the start impossible.
     #[error("{0}")]
     Other(String),

@@ -238,6 +238,13 @@ fn describe(status: &io::Result<ExitStatus>, last_word: Option<String>) -> Strin
     }
 }
 
+/// What the end of the VMM looks like from its control channel.
+const CLOSED: &str = "husk-vmm closed its control channel";
+
+fn unexpected(answer: &Answer) -> VmError {
+    VmError::Other(format!("husk-vmm gave an unexpected answer: {answer:?}"))
+}
+
 #[async_trait]
 impl Machine for Process {
     fn pid(&self) -> u32 {
@@ -261,15 +268,13 @@ impl Machine for Process {
                 root_fd: SHARE_FD,
                 cache: self.cache,
             }],
-            nics: Vec::new(),
+            nics: plan.nics,
             console_fd: Some(CONSOLE_FD),
             debug_console: plan.debug_console,
         };
         match self.control.call(Call::Launch(Box::new(config))).await {
             Ok(Answer::Launched(times)) => Ok(times),
-            Ok(other) => Err(VmError::Other(format!(
-                "husk-vmm gave an unexpected answer: {other:?}"
-            ))),
+            Ok(other) => Err(unexpected(&other)),
             Err(ControlError::Refused(reason)) => Err(VmError::Refused {
                 reason,
                 kernel: self.kernel.clone(),
@@ -282,10 +287,19 @@ impl Machine for Process {
                     Ok(Ok(end)) => end.as_ref().map(|end| end.reason.clone()),
                     _ => None,
                 };
-                Err(VmError::Ended(reason.unwrap_or_else(|| {
-                    "husk-vmm closed its control channel".into()
-                })))
+                Err(VmError::Ended(reason.unwrap_or_else(|| CLOSED.into())))
             }
+        }
+    }
+
+    async fn attach_nic(&self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
+        match self.control.call_with(Call::AttachNic { nic }, taps).await {
+            Ok(Answer::Done) => Ok(()),
+            Ok(other) => Err(unexpected(&other)),
+            Err(ControlError::Refused(reason)) => Err(VmError::Other(format!(
+                "husk-vmm cannot connect the VM's network device {nic}: {reason}"
+            ))),
+            Err(ControlError::Closed) => Err(VmError::Ended(CLOSED.into())),
         }
     }
 

@@ -4,16 +4,20 @@ use std::{
     io,
     mem::MaybeUninit,
     os::{
-        fd::{AsFd as _, OwnedFd},
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::net,
     },
 };
 
+use husk_protocol::vm::MAX_QUEUE_PAIRS;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
-    SocketType, recvmsg, send, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use tokio::{io::Interest, net::UnixDatagram};
+
+/// Fds beside a packet that is sent, at most: the queues of one network device.
+const MAX_FDS: usize = MAX_QUEUE_PAIRS as usize;
 
 /// One end of a connected pair. tokio has no type for these sockets; its datagram one only watches the fd here, every
 /// system call on it is our own.
@@ -37,13 +41,24 @@ impl Seqpacket {
         Ok((Self(UnixDatagram::from_std(ours)?), theirs))
     }
 
-    /// Sends one packet.
+    /// Sends one packet, and up to [`MAX_FDS`] fds beside it.
     ///
     /// # Errors
-    /// When the other end has gone.
-    pub async fn send(&self, packet: &[u8]) -> io::Result<()> {
+    /// When the other end has gone, or there are too many fds.
+    pub async fn send(&self, packet: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let sent = self.0.async_io(Interest::WRITABLE, || {
-            Ok(send(self.0.as_fd(), packet, SendFlags::NOSIGNAL)?)
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+                return Err(io::Error::from(io::ErrorKind::InvalidInput));
+            }
+            let parts = [io::IoSlice::new(packet)];
+            Ok(sendmsg(
+                self.0.as_fd(),
+                &parts,
+                &mut ancillary,
+                SendFlags::NOSIGNAL,
+            )?)
         });
         sent.await.map(drop)
     }

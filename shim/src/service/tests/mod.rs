@@ -1,5 +1,6 @@
 //! The Task API against a fake guest: what engines rely on.
 
+mod network;
 mod world;
 
 use std::{sync::Arc, time::Duration};

@@ -67,6 +67,8 @@ pub struct Guest {
     pub stdio: Mutex<agent::Stdio>,
     /// Processes have written this much to their stdout.
     pub stdout_bytes: Mutex<u64>,
+    /// The networks it was given, oldest first.
+    pub networks: Mutex<Vec<Network>>,
     /// NextEvent answers.
     pub events: OnceLock<tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>>,
 }
@@ -111,8 +113,22 @@ impl Agent for FakeAgent {
         assert!(
             request.entropy.len() >= 32 && request.wall_clock_ns > 0 && request.shares.len() == 1
         );
+        self.0
+            .networks
+            .lock()
+            .unwrap()
+            .extend(request.network.into_option());
         self.0.called("create_sandbox".into()).await;
         Ok(CreateSandboxResponse::new())
+    }
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: Network,
+    ) -> ttrpc::Result<agent::Empty> {
+        self.0.networks.lock().unwrap().push(request);
+        self.0.called("update_network".into()).await;
+        Ok(agent::Empty::new())
     }
     async fn destroy_sandbox(
         &self,
@@ -287,6 +303,8 @@ pub struct FakeVmm {
     connections: Mutex<Option<mpsc::Sender<GuestConnection>>>,
     ended: watch::Sender<Option<Arc<VmEnd>>>,
     pub plan: OnceLock<LaunchPlan>,
+    /// What was connected to which network device; held as a VMM would.
+    pub taps: Mutex<Vec<(u8, Vec<OwnedFd>)>>,
     /// The guest's end of the agent connection.
     server: tokio::sync::Mutex<Option<Server>>,
 }
@@ -364,7 +382,13 @@ impl Machine for FakeVmm {
         })
     }
 
+    async fn attach_nic(&self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
+        self.taps.lock().unwrap().push((nic, taps));
+        Ok(())
+    }
+
     fn kill(&self) {
+        self.taps.lock().unwrap().clear();
         self.connections.lock().unwrap().take();
         let end = VmEnd {
             reason: "killed".into(),
@@ -439,6 +463,11 @@ impl World {
     }
 
     pub async fn with(guest: Arc<Guest>, fault: Fault) -> Self {
+        Self::in_network(guest, fault, "").await
+    }
+
+    /// With a network namespace of this path; none: a new one.
+    pub async fn in_network(guest: Arc<Guest>, fault: Fault, netns: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let log = watch::Sender::new(Vec::new());
         let socket = dir.path().join("containerd.ttrpc");
@@ -454,6 +483,7 @@ impl World {
             connections: Mutex::default(),
             ended: watch::Sender::new(None),
             plan: OnceLock::new(),
+            taps: Mutex::default(),
             server: tokio::sync::Mutex::default(),
         });
         let bundle = dir.path().join("bundle");
@@ -469,7 +499,7 @@ impl World {
             },
             pod,
         };
-        write_bundle(&bundle, dir.path());
+        write_bundle(&bundle, dir.path(), netns);
         let share = Share::without_mounts(context.pod.share());
         let tasks = Tasks::start(context, share, Arc::new(FakeDriver(vmm.clone())));
         Self {
@@ -528,12 +558,13 @@ impl World {
     }
 }
 
-fn write_bundle(bundle: &Path, dir: &Path) {
+fn write_bundle(bundle: &Path, dir: &Path, netns: &str) {
     let rootfs = dir.join("rootfs");
     std::fs::create_dir_all(&rootfs).unwrap();
     std::fs::create_dir_all(bundle).unwrap();
     let spec = serde_json::json!({
         "ociVersion": "1.0.2", "root": {"path": rootfs}, "process": {"cwd": "/", "args": ["true"], "user": {"uid": 0, "gid": 0}},
+        "linux": {"namespaces": [{"type": "network", "path": netns}]},
     });
     std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
 }

@@ -1,0 +1,233 @@
+//! The pod's network: the namespace that CNI (or Docker) has set up on the host, brought into the guest.
+//!
+//! The engine's plugins know nothing of a VM: they put interfaces, addresses and routes into a network namespace and believe that
+//! the pod's processes live there. [`scan`] reads what they left. For each interface a [`tap`] is made beside it, and [`redirect`]
+//! hands every frame that arrives at one of the two out through the other: the guest is at the other end of the
+//! interface's wire, and with the interface's MAC and IP addresses it is the pod, to whatever stands outside.
+//! The host's own stack in the namespace still holds the addresses, but no frame reaches it any more.
+//!
+//! Nothing here changes the namespace of a thread that the shim goes on using (see [`namespace`]).
+
+pub mod late;
+pub mod model;
+pub mod namespace;
+pub mod redirect;
+pub mod scan;
+pub mod tap;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+};
+
+use husk_protocol::vm::{MAX_NICS, NicConfig};
+use tracing::{debug, instrument};
+
+use crate::spec::{BundleSpec, NetworkNamespace};
+use model::Found;
+use namespace::Namespace;
+
+/// Most pairs of queues of an interface: each pair has threads and memory of its own in the VMM, and four keep more vCPUs busy
+/// than a pod's traffic does.
+const MAX_PAIRS: u8 = 4;
+
+/// A network that cannot be brought into the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The host's network was asked for.
+    #[error(
+        "hostNetwork is not possible for a container in a VM: the guest has a network stack of its own. Run it without (hostNetwork: false, no --net-host or --network host), or with another runtime"
+    )]
+    HostNetwork,
+    /// The namespace cannot be used.
+    #[error("cannot {doing} the pod's network namespace {path}: {source}")]
+    Namespace {
+        /// What was being done.
+        doing: &'static str,
+        /// The namespace's file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The kernel refused to tell or change something in the namespace.
+    #[error("cannot {doing} in the pod's network namespace: {source}")]
+    Netlink {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// More interfaces than a VM can have.
+    #[error(
+        "the pod's network namespace has {count} interfaces ({names}), its VM can have {limit} now: attach the pod to fewer networks"
+    )]
+    TooMany {
+        /// How many there are.
+        count: usize,
+        /// Their names.
+        names: String,
+        /// How many the VM has devices for.
+        limit: usize,
+    },
+    /// Another pod's VM is on this network.
+    #[error(
+        "the pod's network namespace is in use by the VM of {pod}: two VMs cannot share one network namespace"
+    )]
+    InUse {
+        /// That pod.
+        pod: String,
+    },
+}
+
+/// Wraps what rust-netlink reports, so that the errno's own words come through.
+fn netlink(doing: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> NetworkError {
+    move |error| NetworkError::Netlink {
+        doing: doing.into(),
+        source: errno_of(error),
+    }
+}
+
+fn errno_of(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io(),
+        other => io::Error::other(other.to_string()),
+    }
+}
+
+/// One pod's network on the host.
+#[derive(Debug)]
+pub struct Network {
+    /// `None`: the pod has nothing but loopback.
+    namespace: Option<Namespace>,
+    pod: String,
+    /// Interfaces whose frames were taken from the host's stack, by index.
+    taken: Mutex<Vec<u32>>,
+}
+
+impl Network {
+    /// The network that a pod has by the spec of its first container.
+    ///
+    /// # Errors
+    /// [`NetworkError::HostNetwork`] where that is the host's own; [`NetworkError::Namespace`] where it is not there.
+    pub fn of_spec(spec: &BundleSpec, pod: &str) -> Result<Self, NetworkError> {
+        let namespace = match spec.network_namespace() {
+            NetworkNamespace::Host => return Err(NetworkError::HostNetwork),
+            NetworkNamespace::New => None,
+            NetworkNamespace::At(path) => Some(Namespace::find(path)?),
+        };
+        Ok(Self {
+            namespace,
+            pod: pod.to_owned(),
+            taken: Mutex::default(),
+        })
+    }
+
+    /// What is there now, for a VM with `limit` network devices.
+    ///
+    /// # Errors
+    /// [`NetworkError`]: also when there is more than the VM has devices for.
+    #[instrument(name = "network_scan", skip_all)]
+    pub async fn scan(&self, limit: usize) -> Result<Found, NetworkError> {
+        let Some(namespace) = &self.namespace else {
+            return Ok(Found::default());
+        };
+        let found = scan::scan(&namespace.connect().await?).await?;
+        let count = found.interfaces.len();
+        if count > limit {
+            let names: Vec<&str> = found.interfaces.iter().map(|i| i.name.as_str()).collect();
+            return Err(NetworkError::TooMany {
+                count,
+                names: names.join(", "),
+                limit,
+            });
+        }
+        Ok(found)
+    }
+
+    /// The devices that the VM gets: one an interface. Where the pod has a namespace that is still empty, the engine fills it later
+    /// (Docker 26 and later), and the VM gets a spare one.
+    pub fn nics(&self, found: &Found, vcpus: u8) -> Vec<NicConfig> {
+        let nic = NicConfig {
+            queue_pairs: queue_pairs(vcpus),
+        };
+        let spare = usize::from(self.waits(found));
+        vec![nic; found.interfaces.len().max(spare)]
+    }
+
+    /// Whether something may still come.
+    pub fn waits(&self, found: &Found) -> bool {
+        self.namespace.is_some() && found.interfaces.is_empty()
+    }
+
+    /// Gives each interface a tap and joins the two: the taps' fds, in the order of the interfaces, one for each pair of queues.
+    /// The fds hold the taps: they vanish with the last one.
+    ///
+    /// # Errors
+    /// [`NetworkError`]. What was made until then goes with [`Self::release`].
+    #[instrument(name = "network_plug", skip_all)]
+    pub async fn plug(&self, found: &Found, vcpus: u8) -> Result<Vec<Vec<OwnedFd>>, NetworkError> {
+        let Some(namespace) = &self.namespace else {
+            return Ok(Vec::new());
+        };
+        if found.interfaces.is_empty() {
+            return Ok(Vec::new());
+        }
+        let handle = namespace.connect().await?;
+        let mut taps = Vec::with_capacity(found.interfaces.len());
+        for (number, interface) in found.interfaces.iter().enumerate() {
+            let tap = tap::make(
+                namespace,
+                &handle,
+                number,
+                interface.mtu,
+                queue_pairs(vcpus),
+                &self.pod,
+            )
+            .await?;
+            // Before it is: half a redirection is taken away as well.
+            self.taken().push(interface.index);
+            redirect::join(&handle, interface, &tap).await?;
+            debug!(
+                interface = interface.name,
+                kind = interface.kind,
+                tap = tap.name,
+                "plugged into the VM"
+            );
+            taps.push(tap.fds);
+        }
+        Ok(taps)
+    }
+
+    /// Gives the interfaces back to the host's stack. Does what it can: mostly the engine has taken the namespace away already, or
+    /// is about to. Idempotent.
+    pub async fn release(&self) {
+        let taken = std::mem::take(&mut *self.taken());
+        let Some(namespace) = self.namespace.as_ref().filter(|_| !taken.is_empty()) else {
+            return;
+        };
+        match namespace.connect().await {
+            Ok(handle) => {
+                for interface in taken {
+                    redirect::undo(&handle, interface).await;
+                }
+            }
+            Err(error) => debug!(%error, "the pod's network is not given back"),
+        }
+    }
+
+    fn taken(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Most interfaces of a pod that starts.
+pub const LIMIT: usize = MAX_NICS;
+
+/// One pair with one vCPU, which can serve no second one; else one for each up to [`MAX_PAIRS`].
+fn queue_pairs(vcpus: u8) -> u16 {
+    u16::from(vcpus.clamp(1, MAX_PAIRS))
+}
