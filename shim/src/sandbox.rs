@@ -6,6 +6,7 @@
 //! who waits for the guest waits for that as well.
 
 use std::{
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
@@ -16,6 +17,7 @@ use husk_protocol::{
     guest_path, ports,
 };
 use tokio::{
+    join,
     net::UnixStream,
     sync::{mpsc, oneshot, watch},
     time::timeout,
@@ -29,11 +31,7 @@ use crate::{
     config::Config,
     context::ShimContext,
     error::{TaskError, chain},
-    network::{
-        self, Network,
-        late::{Late, Plugger},
-        model::Found,
-    },
+    network::{self, Network, late::Late, model::Found},
     phase::{Phase, PhaseSender, PhaseWatch},
     share::Share,
     sizing::{self, Bounds, Size},
@@ -60,6 +58,8 @@ const ENTROPY_LEN: usize = 64;
 /// One pod.
 pub struct Sandbox {
     id: String,
+    /// containerd's namespace.
+    namespace: String,
     bundle: PathBuf,
     config: Config,
     pod: PodDir,
@@ -83,6 +83,7 @@ impl Sandbox {
     pub fn start(context: &ShimContext, share: Share, driver: Arc<dyn Driver>) -> Arc<Self> {
         let sandbox = Arc::new(Self {
             id: context.sandbox_id.clone(),
+            namespace: context.namespace.clone(),
             bundle: context.bundle.clone(),
             config: context.config.clone(),
             pod: context.pod.clone(),
@@ -177,11 +178,11 @@ impl Sandbox {
         let (agent_sender, agent_connection) = oneshot::channel();
         tokio::spawn(Arc::clone(self).dispatch(spawned.connections, agent_sender));
 
-        let (spec, network) = self.read_spec().await?;
+        let (spec, network) = self.read_spec(machine.pid()).await?;
         let _ = self.network.set(Arc::clone(&network));
-        let (mut plan, found) = try_join!(self.plan(machine.pid(), spec), async {
-            Ok(network.scan(network::LIMIT).await?)
-        })?;
+        // Both to their ends, whatever becomes of the other: a start that is over makes nothing any more.
+        let (plan, found) = join!(self.plan(machine.pid(), spec), network.scan(network::LIMIT));
+        let (mut plan, found) = (plan?, found?);
         let vcpus = plan.size.vcpus;
         plan.nics = network.nics(&found, vcpus);
         info!(
@@ -192,32 +193,8 @@ impl Sandbox {
             "starting the VM"
         );
         let limit = self.config.start_timeout;
-        let connect = async {
-            let launch = async {
-                let times = machine
-                    .launch(plan)
-                    .instrument(info_span!("launch"))
-                    .await?;
-                self.timeline
-                    .mark_at(Point::VcpusRunning, Moment(times.vcpus_running));
-                Ok::<(), VmError>(())
-            };
-            let plug = async { Ok(network.plug(&found, vcpus).await?) };
-            let ((), taps) = try_join!(launch, plug)?;
-            let attach = async {
-                for (nic, fds) in (0..).zip(taps) {
-                    machine.attach_nic(nic, fds).await?;
-                }
-                Ok(())
-            };
-            let dialled = async {
-                let connection = agent_connection.await;
-                connection.map_err(|_| VmError::Ended("its vsock bridge closed".into()))
-            };
-            let dialled = dialled.instrument(info_span!("kernel_to_agent"));
-            let (connection, ()) = try_join!(dialled, attach)?;
-            Ok(connection)
-        };
+        let plug = async { Ok(network.plug(&found, vcpus).await?) };
+        let connect = self.connect(&*machine, plan, plug, agent_connection);
         let ended = || async {
             let reason = self.phase.watch().gone().await;
             VmError::Ended(reason.to_string())
@@ -249,24 +226,49 @@ impl Sandbox {
             "the guest is ready"
         );
         if network.waits(&found) {
-            let plugger = Plugger {
-                network,
-                machine,
-                agent: agent.clone(),
-                vcpus,
-            };
-            let _ = self.late.set(Late::look_out(plugger, self.phase.watch()));
+            let phase = self.phase.watch();
+            let late = Late::look_out(network, machine, agent.clone(), vcpus, phase);
+            let _ = self.late.set(late);
         }
         Ok(agent)
     }
 
+    /// Runs the VM until its agent has dialled. The taps are made while the VMM builds the VM, and connected while the guest boots.
+    async fn connect(
+        &self,
+        machine: &dyn Machine,
+        plan: LaunchPlan,
+        plug: impl Future<Output = Result<Vec<Vec<OwnedFd>>, VmError>>,
+        agent: oneshot::Receiver<UnixStream>,
+    ) -> Result<UnixStream, VmError> {
+        let launch = machine.launch(plan).instrument(info_span!("launch"));
+        let (times, taps) = try_join!(launch, plug)?;
+        self.timeline
+            .mark_at(Point::VcpusRunning, Moment(times.vcpus_running));
+        let attach = async {
+            for (nic, fds) in (0..).zip(taps) {
+                machine.attach_nic(nic, fds).await?;
+            }
+            Ok(())
+        };
+        let dialled = async {
+            let connection = agent.instrument(info_span!("kernel_to_agent")).await;
+            connection.map_err(|_| VmError::Ended("its vsock bridge closed".into()))
+        };
+        let (connection, ()) = try_join!(dialled, attach)?;
+        Ok(connection)
+    }
+
     /// Reads the spec, and which network it means.
-    async fn read_spec(&self) -> Result<(BundleSpec, Arc<Network>), VmError> {
+    async fn read_spec(&self, vmm: u32) -> Result<(BundleSpec, Arc<Network>), VmError> {
         let (bundle, id) = (self.bundle.clone(), self.id.clone());
+        let of_task =
+            network::fills_new_namespace(&self.namespace).then(|| format!("/proc/{vmm}/ns/net"));
         let read = tokio::task::spawn_blocking(move || {
             let spec = BundleSpec::load(&bundle).map_err(|e| VmError::Other(chain(&e)))?;
-            let network = Arc::new(Network::of_spec(&spec, &id)?);
-            Ok((spec, network))
+            let of_task = of_task.as_deref().map(Path::new);
+            let network = Network::of_spec(&spec, &id, of_task)?;
+            Ok((spec, Arc::new(network)))
         });
         read.await
             .map_err(|e| VmError::Other(format!("cannot read the container's spec: {e}")))?

@@ -1,8 +1,8 @@
 //! A network that comes after the start.
 //!
-//! Docker 26 and later fill the pod's network namespace once the task is there. A VM cannot be given a device then, so it has a spare one
+//! Docker 26 and later fill the network namespace of a task once it is there. A VM cannot be given a device then, so it has a spare one
 //! without a link; here is who looks for the interface that it stands for. One task owns the matter: it looks when it is asked to, before a
-//! container starts, and when the kernel tells of changes. It ends with its work done, or with the pod.
+//! container starts, and when the kernel tells of changes. It ends with the pod.
 
 use std::{future, sync::Arc, time::Duration};
 
@@ -15,6 +15,7 @@ use tracing::{Instrument as _, info, info_span, warn};
 
 use super::{
     Network,
+    model::Found,
     namespace::{Namespace, Notices},
 };
 use crate::{
@@ -35,18 +36,6 @@ type Answer = oneshot::Sender<Result<(), TaskError>>;
 /// Asks the task to look.
 pub struct Late(mpsc::Sender<Answer>);
 
-/// What it takes to plug an interface into a running VM.
-pub struct Plugger {
-    /// The pod's network.
-    pub network: Arc<Network>,
-    /// The VM.
-    pub machine: Arc<dyn Machine>,
-    /// Its agent.
-    pub agent: Agent,
-    /// vCPUs of the VM.
-    pub vcpus: u8,
-}
-
 /// How sure we are that the interface is complete.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Asked {
@@ -58,10 +47,24 @@ enum Asked {
 
 impl Late {
     /// Looks out from now on, until the pod is gone. Must be called within a tokio runtime.
-    pub fn look_out(plugger: Plugger, phase: PhaseWatch) -> Self {
+    pub fn look_out(
+        network: Arc<Network>,
+        machine: Arc<dyn Machine>,
+        agent: Agent,
+        vcpus: u8,
+        phase: PhaseWatch,
+    ) -> Self {
         let (sender, requests) = mpsc::channel(1);
-        let span = info_span!("late_network", pod = plugger.network.pod);
-        tokio::spawn(run(plugger, phase, requests).instrument(span));
+        let span = info_span!("late_network", pod = network.pod);
+        let plugger = Plugger {
+            network,
+            machine,
+            agent,
+            vcpus,
+            is_plugged: false,
+            given: Found::default(),
+        };
+        tokio::spawn(plugger.run(phase, requests).instrument(span));
         Self(sender)
     }
 
@@ -71,57 +74,54 @@ impl Late {
     /// Why the guest cannot have it.
     pub async fn look(&self) -> Result<(), TaskError> {
         let (answer, answered) = oneshot::channel();
-        if self.0.send(answer).await.is_err() {
-            // Plugged already.
-            return Ok(());
-        }
+        // Where nobody is there to answer, the pod has gone: what asks for this will hear of it from the guest.
+        let _ = self.0.send(answer).await;
         answered.await.unwrap_or(Ok(()))
     }
 }
 
-async fn run(mut plugger: Plugger, phase: PhaseWatch, mut requests: mpsc::Receiver<Answer>) {
-    let mut attached = false;
-    let mut watch = match &plugger.network.namespace {
-        Some(namespace) => Watch::open(namespace).await,
-        None => return,
-    };
-    // It may have come before the watch was open.
-    let mut next = Some(None);
-    loop {
-        let request = match next.take() {
-            Some(first) => first,
-            None => tokio::select! {
+/// Plugs an interface into a running VM.
+struct Plugger {
+    network: Arc<Network>,
+    machine: Arc<dyn Machine>,
+    agent: Agent,
+    vcpus: u8,
+    /// The spare device has its tap: it is given once.
+    is_plugged: bool,
+    /// What the guest has been told. There may be more to tell: routes come last.
+    given: Found,
+}
+
+impl Plugger {
+    async fn run(mut self, phase: PhaseWatch, mut requests: mpsc::Receiver<Answer>) {
+        let mut watch = match &self.network.namespace {
+            Some(namespace) => Watch::open(namespace).await,
+            None => return,
+        };
+        // The first look is nobody's: it may have come before the watch was open.
+        let mut request: Option<Answer> = None;
+        loop {
+            match request {
+                // Nobody waits any more: the start was given up.
+                Some(answer) => drop(answer.send(self.look(Asked::ByTheEngine).await)),
+                None => {
+                    if let Err(error) = self.look(Asked::ByTheKernel).await {
+                        warn!(%error, "the guest cannot have the network that has come");
+                    }
+                }
+            }
+            request = tokio::select! {
                 _ = phase.gone() => return,
-                request = requests.recv() => match request {
+                answer = requests.recv() => match answer {
                     Some(answer) => Some(answer),
                     None => return,
                 },
                 () = watch.changed() => None,
-            },
-        };
-        let asked = match &request {
-            Some(_) => Asked::ByTheEngine,
-            None => Asked::ByTheKernel,
-        };
-        let plugged = plugger.plug(asked, &mut attached).await;
-        let is_done = matches!(plugged, Ok(true));
-        match (request, plugged) {
-            // Nobody waits any more: the start was given up.
-            (Some(answer), plugged) => drop(answer.send(plugged.map(drop))),
-            (None, Err(error)) => {
-                warn!(%error, "the pod's network has come and the guest cannot have it");
-            }
-            (None, Ok(_)) => {}
-        }
-        if is_done {
-            return;
+            };
         }
     }
-}
 
-impl Plugger {
-    /// Returns whether the guest has its network now.
-    async fn plug(&mut self, asked: Asked, attached: &mut bool) -> Result<bool, TaskError> {
+    async fn look(&mut self, asked: Asked) -> Result<(), TaskError> {
         let failed = |error: &dyn std::error::Error| TaskError::failed(chain(error));
         let scan = self.network.scan(SPARE_NICS).await;
         let found = scan.map_err(|e| failed(&e))?;
@@ -129,22 +129,22 @@ impl Plugger {
             Asked::ByTheEngine => !found.interfaces.is_empty(),
             Asked::ByTheKernel => found.interfaces.iter().any(|i| !i.addresses.is_empty()),
         };
-        if !is_there {
-            return Ok(false);
+        if !is_there || found == self.given {
+            return Ok(());
         }
-        // Not twice, where the guest refused it the first time: the device has its link already.
-        if !*attached {
+        if !self.is_plugged {
             let plugged = self.network.plug(&found, self.vcpus).await;
             let taps = plugged.map_err(|e| failed(&e))?;
             for (nic, fds) in (0..).zip(taps) {
                 let attached = self.machine.attach_nic(nic, fds).await;
                 attached.map_err(|e| failed(&e))?;
             }
-            *attached = true;
+            self.is_plugged = true;
         }
         self.agent.update_network(&(&found).into()).await?;
         info!("the pod's network has come after its start, and the guest has it");
-        Ok(true)
+        self.given = found;
+        Ok(())
     }
 }
 

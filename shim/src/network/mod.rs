@@ -20,8 +20,8 @@ pub(crate) mod tests;
 use std::{
     io,
     os::fd::OwnedFd,
-    path::PathBuf,
-    sync::{Mutex, PoisonError},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use husk_protocol::vm::{MAX_NICS, NicConfig};
@@ -34,6 +34,9 @@ use namespace::Namespace;
 /// Most pairs of queues of an interface: each pair has threads and memory of its own in the VMM, and four keep more vCPUs busy
 /// than a pod's traffic does.
 const MAX_PAIRS: u8 = 4;
+
+/// Most interfaces of a pod that starts.
+pub const LIMIT: usize = MAX_NICS;
 
 /// A network that cannot be brought into the guest.
 #[derive(Debug, thiserror::Error)]
@@ -109,16 +112,22 @@ pub struct Network {
 }
 
 impl Network {
-    /// The network that a pod has by the spec of its first container.
+    /// The network that a pod has by the spec of its first container. `of_task` is the namespace of the process that stands for
+    /// the task on the host, where the engine is one that fills the new one that it has asked for ([`fills_new_namespace`]).
     ///
     /// # Errors
     /// [`NetworkError::HostNetwork`] where that is the host's own; [`NetworkError::Namespace`] where it is not there.
-    pub fn of_spec(spec: &BundleSpec, pod: &str) -> Result<Self, NetworkError> {
-        let namespace = match spec.network_namespace() {
+    pub fn of_spec(
+        spec: &BundleSpec,
+        pod: &str,
+        of_task: Option<&Path>,
+    ) -> Result<Self, NetworkError> {
+        let path = match spec.network_namespace() {
             NetworkNamespace::Host => return Err(NetworkError::HostNetwork),
-            NetworkNamespace::New => None,
-            NetworkNamespace::At(path) => Some(Namespace::find(path)?),
+            NetworkNamespace::New => of_task,
+            NetworkNamespace::At(path) => Some(path),
         };
+        let namespace = path.map(Namespace::find).transpose()?;
         Ok(Self {
             namespace,
             pod: pod.to_owned(),
@@ -148,14 +157,18 @@ impl Network {
         Ok(found)
     }
 
-    /// The devices that the VM gets: one an interface. Where the pod has a namespace that is still empty, the engine fills it later
-    /// (Docker 26 and later), and the VM gets a spare one.
+    /// The devices that the VM gets: one an interface, and a spare one where the pod has a namespace that is still empty: whoever
+    /// made it fills it later.
     pub fn nics(&self, found: &Found, vcpus: u8) -> Vec<NicConfig> {
         let nic = NicConfig {
             queue_pairs: queue_pairs(vcpus),
         };
-        let spare = usize::from(self.waits(found));
-        vec![nic; found.interfaces.len().max(spare)]
+        let spare = if self.waits(found) {
+            late::SPARE_NICS
+        } else {
+            0
+        };
+        vec![nic; found.interfaces.len() + spare]
     }
 
     /// Whether something may still come.
@@ -219,13 +232,16 @@ impl Network {
         }
     }
 
-    fn taken(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+    fn taken(&self) -> MutexGuard<'_, Vec<u32>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Most interfaces of a pod that starts.
-pub const LIMIT: usize = MAX_NICS;
+/// Whether this is an engine that asks for a new network namespace and then, between Create and Start, configures that of the
+/// task's pid: Docker 26 and later (moby, daemon/start_linux.go), known by the name that it has at containerd.
+pub fn fills_new_namespace(containerd_namespace: &str) -> bool {
+    containerd_namespace == "moby"
+}
 
 /// One pair with one vCPU, which can serve no second one; else one for each up to [`MAX_PAIRS`].
 fn queue_pairs(vcpus: u8) -> u16 {

@@ -9,7 +9,10 @@ use rtnetlink::{
 };
 use tracing::{debug, info};
 
-use super::{NetworkError, errno_of, model::Interface, netlink, tap::Tap};
+use super::{NetworkError, model::Interface, netlink, tap::Tap};
+
+/// Handle of an ingress qdisc, `ffff:`.
+const INGRESS: u32 = 0xffff_0000;
 
 /// Every protocol (`ETH_P_ALL` of linux/if_ether.h), in network byte order as the filter wants it.
 const ALL_PROTOCOLS: u16 = (libc::ETH_P_ALL as u16).to_be();
@@ -48,28 +51,21 @@ pub async fn undo(handle: &Handle, interface: u32) {
     }
 }
 
-/// Handle of an ingress qdisc, `ffff:`.
-const INGRESS: u32 = 0xffff_0000;
-
 async fn add_qdisc(handle: &Handle, interface: u32, name: &str) -> Result<(), NetworkError> {
     let add = || handle.qdisc().add(signed(interface)).ingress().execute();
-    let failed = || netlink(format!("add an ingress qdisc to {name}"));
-    match add().await.map_err(errno_of) {
-        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-            info!(interface = name, "has an ingress qdisc already, replaced");
-            remove_qdisc(handle, interface)
-                .await
-                .map_err(netlink(format!(
-                    "remove the ingress qdisc that {name} already has"
-                )))?;
-            add().await.map_err(failed())
-        }
-        Err(source) => Err(NetworkError::Netlink {
-            doing: format!("add an ingress qdisc to {name}"),
-            source,
-        }),
-        Ok(()) => Ok(()),
+    let mut added = add().await;
+    if let Err(rtnetlink::Error::NetlinkError(refusal)) = &added
+        && refusal.to_io().raw_os_error() == Some(libc::EEXIST)
+    {
+        info!(interface = name, "has an ingress qdisc already, replaced");
+        remove_qdisc(handle, interface)
+            .await
+            .map_err(netlink(format!(
+                "remove the ingress qdisc that {name} already has"
+            )))?;
+        added = add().await;
     }
+    added.map_err(netlink(format!("add an ingress qdisc to {name}")))
 }
 
 async fn remove_qdisc(handle: &Handle, interface: u32) -> Result<(), rtnetlink::Error> {

@@ -18,7 +18,7 @@ use rtnetlink::{
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
         route::{
             RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-            RouteProtocol, RouteType,
+            RouteNextHopFlags, RouteProtocol, RouteType,
         },
     },
 };
@@ -262,7 +262,7 @@ fn route(message: &RouteMessage, names: &Names) -> Option<Route> {
                     "a route with several ways: the guest gets the first"
                 );
                 output = Some(hop.interface_index);
-                found.onlink = hop.flags.bits() & ONLINK != 0;
+                found.onlink = hop.flags.contains(RouteNextHopFlags::Onlink);
                 found.gateway = hop.attributes.iter().find_map(|a| match a {
                     RouteAttribute::Gateway(via) => ip(via),
                     _ => None,
@@ -283,9 +283,6 @@ fn route(message: &RouteMessage, names: &Names) -> Option<Route> {
     }
     Some(found)
 }
-
-/// `RTNH_F_ONLINK` of linux/rtnetlink.h.
-const ONLINK: u8 = 4;
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {

@@ -10,6 +10,7 @@ use std::{
     path::PathBuf,
     process::{ExitStatus, Stdio},
     sync::Arc,
+    thread,
     time::Duration,
 };
 
@@ -19,10 +20,12 @@ use husk_protocol::{
     guest_path,
     vm::{Answer, CachePolicy, Call, LaunchTimes, ShareConfig, VERSION, VmConfig},
 };
+use nix::sched::{CloneFlags, unshare};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::{
     net::unix::pipe,
     process::{Child, Command},
+    runtime::Handle,
     sync::{mpsc, watch},
     time::timeout,
 };
@@ -41,6 +44,9 @@ const CONNECTION_QUEUE: usize = 64;
 
 /// How long the last lines and words of a VMM that has ended may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long the VMM may take to give a network device its tap.
+const ATTACH: Duration = Duration::from_secs(5);
 
 // Fds of the VMM, by number. 0 to 2 are the standard ones.
 const CONTROL_FD: RawFd = 3;
@@ -116,12 +122,14 @@ impl Driver for HuskVmm {
                 mapping(console_fd, CONSOLE_FD),
             ])
             .map_err(|e| VmError::Other(e.to_string()))?;
-        let child = command.spawn().map_err(|source| VmError::File {
-            what: "VMM",
-            path: self.vmm.clone(),
-            key: "vmm",
-            source,
-        })?;
+        let child = apart(|| command.spawn())
+            .map_err(host("make a network namespace for the VMM"))?
+            .map_err(|source| VmError::File {
+                what: "VMM",
+                path: self.vmm.clone(),
+                key: "vmm",
+                source,
+            })?;
         // Its copies of the VMM's fds must go, or the end of the VMM would not be seen.
         drop(command);
         let control = Control::new(control);
@@ -133,6 +141,25 @@ impl Driver for HuskVmm {
             connections,
         })
     }
+}
+
+/// Does something in a new network namespace, for a process that is started there. The VMM has no business on the host's network, and
+/// an engine that goes to a task's network by its pid, as Docker does, must not come upon the host's.
+fn apart<T: Send>(start: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let runtime = Handle::current();
+    thread::scope(|scope| {
+        // A thread of its own: the shim's stay where they are.
+        let inside = thread::Builder::new()
+            .name("netns".into())
+            .spawn_scoped(scope, || {
+                unshare(CloneFlags::CLONE_NEWNET)?;
+                let _runtime = runtime.enter();
+                Ok(start())
+            })?;
+        inside
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("its thread has failed")))
+    })
 }
 
 /// How gladly the kernel kills this process when memory runs out (`process.oomScoreAdj` of the spec).
@@ -293,7 +320,13 @@ impl Machine for Process {
     }
 
     async fn attach_nic(&self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
-        match self.control.call_with(Call::AttachNic { nic }, taps).await {
+        let attached = self.control.call_with(Call::AttachNic { nic }, taps);
+        let Ok(attached) = timeout(ATTACH, attached).await else {
+            return Err(VmError::Other(format!(
+                "husk-vmm did not connect the VM's network device {nic} within {ATTACH:?}"
+            )));
+        };
+        match attached {
             Ok(Answer::Done) => Ok(()),
             Ok(other) => Err(unexpected(&other)),
             Err(ControlError::Refused(reason)) => Err(VmError::Other(format!(
@@ -356,6 +389,21 @@ mod tests {
         }
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_vmm_is_not_on_the_hosts_network() {
+        let link = |path| std::fs::read_link(path).unwrap();
+        let own = link("/proc/self/ns/net");
+        let mut command = Command::new("readlink");
+        command.arg("/proc/self/ns/net").stdout(Stdio::piped());
+        let child = apart(|| command.spawn()).unwrap().unwrap();
+        let output = child.wait_with_output().await.unwrap();
+        let its = String::from_utf8(output.stdout).unwrap();
+        assert!(its.starts_with("net:["), "{its}");
+        assert_ne!(its.trim(), own.to_str().unwrap());
+        assert_eq!(link("/proc/self/ns/net"), own);
+        assert_eq!(link("/proc/thread-self/ns/net"), own);
     }
 
     /// How a shell that stands in for the VMM ended, in the shim's words.

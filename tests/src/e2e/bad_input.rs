@@ -150,7 +150,7 @@ fn plain_spec() -> String {
         "ociVersion": "1.2.0",
         "root": { "path": "rootfs" },
         "process": { "args": ["true"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
-        "linux": {},
+        "linux": { "namespaces": [{ "type": "network" }] },
     })
     .to_string()
 }

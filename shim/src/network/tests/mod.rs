@@ -7,30 +7,28 @@ use std::{net::IpAddr, path::Path};
 
 use husk_protocol::agent;
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
-    LIMIT, Network, NetworkError,
+    LIMIT, Network, NetworkError, fills_new_namespace,
     model::{self, Address, Found, Route},
 };
 use crate::{error::chain, spec::BundleSpec};
 use netns::Netns;
 
 /// The network of a pod whose namespace entry is this; JSON null for none.
-fn network_of(entry: serde_json::Value) -> Result<Network, NetworkError> {
-    let spec = json!({
-        "ociVersion": "1.0.2", "root": {"path": "/r"}, "linux": {"namespaces": [{"type": "pid"}, entry]},
-    });
-    let spec = match entry_is_null(&spec) {
-        true => json!({"ociVersion": "1.0.2", "root": {"path": "/r"}}),
-        false => spec,
-    };
-    let spec = BundleSpec::parse(Path::new("/b"), spec.to_string().as_bytes()).unwrap();
-    Network::of_spec(&spec, "pod")
+fn network_of(entry: Value) -> Result<Network, NetworkError> {
+    let namespaces: Vec<Value> = [json!({"type": "pid"}), entry]
+        .into_iter()
+        .filter(|entry| !entry.is_null())
+        .collect();
+    let spec = spec(json!({"namespaces": namespaces}));
+    Network::of_spec(&spec, "pod", None)
 }
 
-fn entry_is_null(spec: &serde_json::Value) -> bool {
-    spec["linux"]["namespaces"][1].is_null()
+fn spec(linux: Value) -> BundleSpec {
+    let spec = json!({"ociVersion": "1.0.2", "root": {"path": "/r"}, "linux": linux});
+    BundleSpec::parse(Path::new("/b"), spec.to_string().as_bytes()).unwrap()
 }
 
 fn network_at(netns: &Netns) -> Network {
@@ -147,6 +145,21 @@ async fn a_namespace_with_nothing_in_it_may_be_filled_later() {
     assert_eq!(network.nics(&found, 1).len(), 0);
 }
 
+/// Docker: the spec asks for a new one, and the daemon goes to that of the task's pid.
+#[tokio::test]
+async fn a_new_namespace_that_the_engine_fills_is_the_tasks() {
+    assert!(fills_new_namespace("moby") && !fills_new_namespace("k8s.io"));
+    let task = Netns::new();
+    let new = spec(json!({"namespaces": [{"type": "network"}]}));
+    let network = Network::of_spec(&new, "pod", Some(task.path())).unwrap();
+    assert!(network.waits(&network.scan(LIMIT).await.unwrap()));
+    task.ip("link add eth0 up type veth peer peer0");
+    assert_eq!(network.scan(LIMIT).await.unwrap().interfaces.len(), 1);
+    // The shim's own is never taken for the task's.
+    let host = Network::of_spec(&new, "pod", Some(Path::new("/proc/self/ns/net")));
+    assert!(matches!(host.unwrap_err(), NetworkError::HostNetwork));
+}
+
 #[tokio::test]
 async fn as_many_interfaces_as_a_vm_can_have() {
     let pod = Netns::new();
@@ -182,6 +195,8 @@ fn the_hosts_network_is_refused() {
         );
     }
     assert!(network_of(json!({"type": "network", "path": ""})).is_ok());
+    let none = Network::of_spec(&spec(Value::Null), "pod", None).unwrap_err();
+    assert!(matches!(none, NetworkError::HostNetwork));
     let error = chain(&network_of(json!({"type": "network", "path": "/no/ns"})).unwrap_err());
     assert!(
         error.contains("/no/ns") && error.ends_with("(os error 2)"),
