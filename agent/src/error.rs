@@ -38,12 +38,12 @@ pub enum AgentError {
     /// The guest was set up before.
     #[error("the sandbox is set up already")]
     SandboxExists,
+    /// The guest has not been set up.
+    #[error("the sandbox is not set up yet: CreateSandbox comes first")]
+    NoSandbox,
     /// The request cannot be used; the text says which part and why.
     #[error("{0}")]
     Invalid(String),
-    /// This release does not do that.
-    #[error("{0}")]
-    Unsupported(&'static str),
     /// A stream token of the wrong length.
     #[error(transparent)]
     Token(#[from] BadToken),
@@ -78,9 +78,8 @@ impl AgentError {
         match self {
             Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished => Code::NOT_FOUND,
             Self::Exists(..) | Self::SandboxExists => Code::ALREADY_EXISTS,
-            Self::State(_) | Self::Creating(_) => Code::FAILED_PRECONDITION,
+            Self::State(_) | Self::Creating(_) | Self::NoSandbox => Code::FAILED_PRECONDITION,
             Self::Invalid(_) | Self::Token(_) => Code::INVALID_ARGUMENT,
-            Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Superseded => Code::ABORTED,
             Self::Guest { .. } => Code::INTERNAL,
             Self::Launch(e) => launch_code(e),

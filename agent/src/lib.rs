@@ -1,9 +1,9 @@
 //! The guest's PID 1: sets containers up and runs them.
 //!
 //! One thread does everything but what can block, which has others for a moment. `boot` makes the guest a place to run
-//! containers in, `dial` connects to the host, `service` answers its calls: `sandbox` for those about the guest, `containers`
-//! for those about containers, each a `container` (its set-up) with its `process`es and their `stream`s. `reaper` learns how
-//! processes end, `events` what happens unasked.
+//! containers in, `dial` connects to the host, `service` answers its calls: `sandbox` and `net` for those about the guest,
+//! `containers` for those about containers, each a `container` (its set-up) with its `process`es and their `stream`s. `reaper`
+//! learns how processes end, `events` what happens unasked.
 
 pub mod boot;
 pub mod cgroup;
@@ -18,6 +18,7 @@ mod execs;
 pub mod launch;
 pub mod log;
 pub mod loopback;
+pub mod net;
 pub mod polled;
 pub mod power;
 pub mod process;

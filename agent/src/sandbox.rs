@@ -21,6 +21,7 @@ use nix::unistd::{SysconfVar, sethostname, sysconf};
 
 use crate::container::sysctl;
 use crate::error::AgentError;
+use crate::net;
 
 /// Most entropy a request may carry, in bytes.
 const ENTROPY_MAX: usize = 512;
@@ -48,6 +49,7 @@ pub struct Milestones {
 #[derive(Debug)]
 pub struct Plan {
     request: CreateSandboxRequest,
+    network: Option<net::Config>,
     /// The files of the request's sysctls, with their values.
     sysctls: Vec<(PathBuf, String)>,
 }
@@ -56,10 +58,12 @@ impl Plan {
     /// Checks a request; changes nothing.
     ///
     /// # Errors
-    /// [`AgentError::Invalid`] and [`AgentError::Unsupported`] for what cannot be carried out.
-    pub fn new(request: CreateSandboxRequest) -> Result<Self, AgentError> {
+    /// [`AgentError::Invalid`] for what cannot be carried out.
+    pub fn new(mut request: CreateSandboxRequest) -> Result<Self, AgentError> {
         check(&request)?;
+        let network = request.network.take().map(net::Config::new);
         Ok(Self {
+            network: network.transpose()?,
             sysctls: sysctl_files(&request.sysctls)?,
             request,
         })
@@ -68,9 +72,18 @@ impl Plan {
     /// Sets the guest up as asked. Blocks on the host's file server: not for the runtime's own thread.
     ///
     /// # Errors
-    /// [`AgentError::Guest`] naming the step that failed.
+    /// [`AgentError::Invalid`] for a network that does not fit the guest's devices, [`AgentError::Guest`] naming the step that
+    /// failed.
     pub fn set_up(self, milestones: Milestones) -> Result<CreateSandboxResponse, AgentError> {
-        let Self { request, sysctls } = self;
+        let Self {
+            request,
+            network,
+            sysctls,
+        } = self;
+        // First: it can still be refused. And before the sysctls, which may name its interfaces.
+        if let Some(network) = network {
+            net::configure(&network)?;
+        }
         if request.wall_clock_ns != 0 {
             set_clock(request.wall_clock_ns)
                 .map_err(|e| AgentError::guest("setting the clock", e))?;
@@ -107,11 +120,6 @@ impl Plan {
 }
 
 fn check(request: &CreateSandboxRequest) -> Result<(), AgentError> {
-    if request.network.is_some() {
-        return Err(AgentError::Unsupported(
-            "this agent configures no network interfaces or routes yet: ask for none",
-        ));
-    }
     if request.entropy.len() > ENTROPY_MAX {
         return Err(AgentError::Invalid(format!(
             "{} bytes of entropy: at most {ENTROPY_MAX} are taken",
@@ -264,8 +272,13 @@ mod tests {
             Plan::new(request).unwrap_err().code()
         };
         assert_eq!(
-            refused(|r| r.network = Some(Default::default()).into()),
-            ttrpc::Code::UNIMPLEMENTED
+            refused(|r| {
+                r.network
+                    .mut_or_insert_default()
+                    .interfaces
+                    .push(Default::default());
+            }),
+            ttrpc::Code::INVALID_ARGUMENT
         );
         assert_eq!(
             refused(|r| r.entropy = vec![0; 513]),

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
-    ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, OomKill, ProcessInfo,
+    ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, Network, OomKill, ProcessInfo,
     ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, UpdateContainerRequest,
     WaitProcessResponse, create_agent, event,
 };
@@ -24,6 +24,7 @@ use crate::containers::Containers;
 use crate::dial::Host;
 use crate::error::AgentError;
 use crate::events::{Events, OomWatch};
+use crate::net;
 use crate::polled::Polled;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
@@ -107,6 +108,18 @@ async fn to_its_end<T: Send + 'static>(
     }
 }
 
+/// As [`to_its_end`], for work that blocks.
+async fn off_the_runtime<T: Send + 'static>(
+    doing: &'static str,
+    work: impl FnOnce() -> Result<T, AgentError> + Send + 'static,
+) -> ttrpc::Result<T> {
+    // A thread of its own is not dropped with who waits for it.
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => Ok(done?),
+        Err(e) => Err(AgentError::guest(doing, io::Error::other(e)).into()),
+    }
+}
+
 #[async_trait]
 impl<R: Runtime> Agent for Service<R> {
     async fn create_sandbox(
@@ -120,12 +133,16 @@ impl<R: Runtime> Agent for Service<R> {
             return Err(AgentError::SandboxExists.into());
         }
         let milestones = self.milestones;
-        to_its_end(async move {
-            tokio::task::spawn_blocking(move || plan.set_up(milestones))
-                .await
-                .map_err(|e| AgentError::guest("setting the sandbox up", io::Error::other(e)))?
-        })
-        .await
+        off_the_runtime("setting the sandbox up", move || plan.set_up(milestones)).await
+    }
+
+    async fn update_network(&self, _: &TtrpcContext, request: Network) -> ttrpc::Result<Empty> {
+        let network = net::Config::new(request)?;
+        if !self.set_up.load(Ordering::Relaxed) {
+            return Err(AgentError::NoSandbox.into());
+        }
+        off_the_runtime("configuring the network", move || net::configure(&network)).await?;
+        Ok(Empty::new())
     }
 
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

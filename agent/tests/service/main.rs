@@ -23,8 +23,8 @@ use husk_agent::sandbox::Milestones;
 use husk_agent::service::Service;
 use husk_protocol::agent::{
     AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
-    ExecProcessRequest, Network, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest,
-    Stdio, WaitProcessResponse,
+    ExecProcessRequest, Interface, Network, ProcessRequest, ResizeTerminalRequest,
+    SignalProcessRequest, Stdio, WaitProcessResponse,
 };
 use processes::Processes;
 use protobuf::MessageField;
@@ -458,19 +458,31 @@ async fn unknown_ids_and_unsupported_requests_are_refused() {
         Code::NOT_FOUND
     );
     guest.delete("x").await.expect("not there is deleted");
+    let misfit = Network {
+        interfaces: vec![Interface::new()],
+        ..Default::default()
+    };
     let networked = CreateSandboxRequest {
-        network: Some(Network::new()).into(),
+        network: Some(misfit.clone()).into(),
         ..Default::default()
     };
     let create = async |request| {
         let context = context::Context::default();
         guest.client.create_sandbox(context, request).await
     };
-    assert_eq!(code(create(&networked).await).0, Code::UNIMPLEMENTED);
+    assert_eq!(code(create(&networked).await).0, Code::INVALID_ARGUMENT);
+    let update = async |network| {
+        let context = context::Context::default();
+        guest.client.update_network(context, network).await
+    };
+    let nothing = Network::new();
+    assert_eq!(code(update(&nothing).await).0, Code::FAILED_PRECONDITION);
     // One that asks for nothing can be carried out even here, once.
     let plain = CreateSandboxRequest::new();
     assert!(create(&plain).await.unwrap().online_cpus > 0);
     assert_eq!(code(create(&plain).await).0, Code::ALREADY_EXISTS);
+    update(&nothing).await.unwrap();
+    assert_eq!(code(update(&misfit).await).0, Code::INVALID_ARGUMENT);
     let short = Stdio {
         stdout_token: vec![1; 5],
         ..Default::default()
