@@ -72,21 +72,25 @@ impl<R: Runtime> Containers<R> {
         }
     }
 
-    /// Sets a container up; its init then waits for [`Containers::start`]. Returns the init's pid.
+    /// Sets a container up; its init then waits for [`Containers::start`]. Returns the init's pid. `joins` is the container whose
+    /// namespaces the spec means where it joins some.
     ///
     /// # Errors
-    /// The id is taken, the streams cannot be opened, or the set-up fails; nothing is left of it.
+    /// The id is taken, the other container is not there, the streams cannot be opened, or the set-up fails; nothing is left of it.
     pub async fn create(
         self: &Arc<Self>,
         id: &str,
         spec_json: &[u8],
         stdio: &Stdio,
+        joins: Option<&str>,
     ) -> Result<i32, AgentError> {
         let plan = Plan::new(stdio)?;
+        let joined = joins.map(|other| self.entry(other)).transpose()?;
         let reservation = SlotReservation::take(self, id)?;
         let (io, wiring) = plan.open(&*self.host).await?;
         let launch = self.reaper.launch();
-        let (handle, launched) = self.runtime.create(id, spec_json, io).await?;
+        let joined = joined.as_ref().map(|entry| &entry.handle);
+        let (handle, launched) = self.runtime.create(id, spec_json, io, joined).await?;
         let made = match self
             .wire::<R::Container>(launch, launched, wiring, Phase::Created)
             .await

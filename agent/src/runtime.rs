@@ -14,12 +14,13 @@ pub trait Runtime: Send + Sync + 'static {
     /// What it makes.
     type Container: Handle;
 
-    /// Sets a container up to where its process waits for its gate.
+    /// Sets a container up to where its process waits for its gate. `joined` is the one whose namespaces it may join.
     fn create(
         &self,
         id: &str,
         spec_json: &[u8],
         io: Io,
+        joined: Option<&Self::Container>,
     ) -> impl Future<Output = Result<(Self::Container, Launched<Self::Container>), LaunchError>> + Send;
 }
 
@@ -103,8 +104,9 @@ impl Runtime for Guest {
         id: &str,
         spec_json: &[u8],
         io: Io,
+        joined: Option<&Container>,
     ) -> Result<(Container, Launched<Container>), LaunchError> {
-        let (container, launched) = Container::create(id, spec_json, io).await?;
+        let (container, launched) = Container::create(id, spec_json, io, joined).await?;
         Ok((container, launched.into()))
     }
 }

@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use husk_protocol::agent::{CreateSandboxRequest, CreateSandboxResponse, Share};
+use husk_protocol::guest_path;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::sysinfo::sysinfo;
@@ -114,6 +115,10 @@ impl Plan {
                     e,
                 )
             })?;
+        }
+        if request.shm_size_bytes != 0 {
+            mount_shm(request.shm_size_bytes)
+                .map_err(|e| AgentError::guest("mounting the pod's /dev/shm", e))?;
         }
         describe(milestones).map_err(|e| AgentError::guest("describing the guest", e))
     }
@@ -221,6 +226,20 @@ fn mount_share(share: &Share) -> io::Result<()> {
     if let Err(error) = read_ahead(Path::new(&share.path)) {
         tracing::warn!("reading ahead on the share {:?}: {error}", share.tag);
     }
+    Ok(())
+}
+
+/// The `/dev/shm` of the pod's containers. What is in it counts against the container that wrote it, as a tmpfs's pages do.
+fn mount_shm(size_bytes: u64) -> io::Result<()> {
+    fs::create_dir_all(guest_path::SHM)?;
+    let options = format!("mode=1777,size={size_bytes}");
+    mount(
+        Some("shm"),
+        guest_path::SHM,
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Some(options.as_str()),
+    )?;
     Ok(())
 }
 

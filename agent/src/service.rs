@@ -159,9 +159,9 @@ impl<R: Runtime> Agent for Service<R> {
     ) -> ttrpc::Result<CreateContainerResponse> {
         let containers = Arc::clone(&self.containers);
         let pid = to_its_end(async move {
-            containers
-                .create(&request.container_id, &request.spec_json, &request.stdio)
-                .await
+            let joins = Some(&*request.joins).filter(|id| !id.is_empty());
+            let (id, spec) = (&request.container_id, &request.spec_json);
+            containers.create(id, spec, &request.stdio, joins).await
         })
         .await?;
         Ok(CreateContainerResponse {

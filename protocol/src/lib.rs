@@ -46,10 +46,16 @@ pub mod ports {
     pub const LOG: u32 = 1026;
 }
 
+/// The path of a namespace in a container's spec that stands for the one of the container which CreateContainer's `joins` names: by
+/// its id and not by a pid, which may have become another process's.
+pub const JOINED_NAMESPACE: &str = "joined";
+
 /// Paths inside the guest that host and agent agree on.
 pub mod guest_path {
     /// Mount point of the pod's virtio-fs share.
     pub const SHARE: &str = "/run/husk/share";
     /// virtio-fs tag of the pod's share.
     pub const SHARE_TAG: &str = "husk";
+    /// Mount point of the `/dev/shm` that the pod's containers share.
+    pub const SHM: &str = "/run/husk/shm";
 }

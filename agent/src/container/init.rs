@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxPersonality, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxPersonality, LinuxSeccomp, Process, Spec};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::set_no_new_privs;
 
@@ -67,7 +67,10 @@ fn run(channel: &Channel) -> Result<(), LaunchError> {
     let mut fds = fds.into_iter();
     let memfd = fds.next().ok_or_else(|| LaunchError::internal(what()))?;
     match from_memfd(memfd).step(what)? {
-        Job::Create(job) => create(channel, &job, streams(&mut fds)),
+        Job::Create(job) => {
+            let joined = if job.joins { fds.next() } else { None };
+            create(channel, &job, joined, streams(&mut fds))
+        }
         Job::Exec(job) => {
             let init = fds.next().ok_or_else(|| LaunchError::internal(what()))?;
             exec(channel, &job, &init, streams(&mut fds))
@@ -100,6 +103,7 @@ fn streams(fds: &mut impl Iterator<Item = OwnedFd>) -> Option<StdioFds> {
 fn create(
     channel: &Channel,
     job: &CreateJob,
+    joined: Option<OwnedFd>,
     streams: Option<StdioFds>,
 ) -> Result<(), LaunchError> {
     let CreateJob { id, spec, .. } = job;
@@ -113,13 +117,13 @@ fn create(
         .ok_or_else(|| LaunchError::invalid("config.json has no process"))?;
 
     enter_cgroup(&job.cgroup, None, process)?;
-    let plan = namespaces::Plan::open(linux)?;
+    let plan = namespaces::Plan::open(linux, joined)?;
     if plan.has_user() {
         identity::raise_hard_limits(process)?;
     }
-    let shared_cgroup = (!listed(linux, LinuxNamespaceType::Cgroup)).then_some(&*job.cgroup);
+    let shared_cgroup = (!plan.has(LinuxNamespaceType::Cgroup)).then_some(&*job.cgroup);
     namespaces::leave_agents_mounts()?;
-    let prepared = rootfs::Prepare::open(spec, plan.has_user(), shared_cgroup)?;
+    let prepared = rootfs::Prepare::open(spec, &plan, shared_cgroup)?;
     plan.enter(linux)?;
     let mut handshake = Handshake::new()?;
     if let Forked::Parent(pid) = fork(plan.create)? {
@@ -198,14 +202,6 @@ fn exec(
         job.personality.as_ref(),
     )?;
     program.run(channel, || Ok(()))
-}
-
-fn listed(linux: &Linux, typ: LinuxNamespaceType) -> bool {
-    linux
-        .namespaces()
-        .iter()
-        .flatten()
-        .any(|namespace| namespace.typ() == typ)
 }
 
 /// From here on everything counts against the container, and the kernel may kill it for memory.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::error::LaunchError;
 
 /// The work of one `container-init` process. The descriptors beside it: for `Exec` a pidfd of the container's
-/// init, then, without a terminal, stdin, stdout and stderr.
+/// init, for `Create` one of the init of the container that it joins, if any; then, without a terminal, stdin, stdout and stderr.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Job {
     /// Set up a container and become its init.
@@ -25,6 +25,8 @@ pub(crate) struct CreateJob {
     pub(crate) spec: Spec,
     pub(crate) user_name: Option<String>,
     pub(crate) cgroup: PathBuf,
+    /// A container to join comes with the job.
+    pub(crate) joins: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -85,7 +85,8 @@ struct State {
 }
 
 impl Container {
-    /// Sets a container up to the point where its process waits at the gate.
+    /// Sets a container up to the point where its process waits at the gate. `joined` is the container whose namespaces those of the
+    /// spec with the path [`husk_protocol::JOINED_NAMESPACE`] are.
     ///
     /// # Errors
     /// What could not be set up, in runc's words where it has some. Nothing is left behind then: no process, no
@@ -94,12 +95,13 @@ impl Container {
         id: &str,
         spec_json: &[u8],
         io: Io,
+        joined: Option<&Self>,
     ) -> Result<(Self, Launched), LaunchError> {
         spec::check_id(id)?;
         let spec = ParsedSpec::parse(spec_json)?;
         let resources = spec.linux().and_then(|linux| linux.resources().as_ref());
         let cgroup = Cgroup::create(id, resources)?;
-        match Self::launch_init(id, &spec, &cgroup, io).await {
+        match Self::launch_init(id, &spec, &cgroup, io, joined).await {
             Ok((init, launched)) => {
                 let state = Arc::new(State {
                     id: id.to_owned(),
@@ -126,14 +128,17 @@ impl Container {
         spec: &ParsedSpec,
         cgroup: &Cgroup,
         io: Io,
+        joined: Option<&Self>,
     ) -> Result<(OwnedFd, Launched), LaunchError> {
         let job = Job::Create(Box::new(CreateJob {
             id: id.to_owned(),
             spec: spec.spec.clone(),
             user_name: spec.user_name.clone(),
             cgroup: cgroup.path().to_owned(),
+            joins: joined.is_some(),
         }));
-        let launched = launch::launch(&job, None, io, |pid| {
+        let joined = joined.map(|container| &container.state.init);
+        let launched = launch::launch(&job, joined, io, |pid| {
             // Both kinds run in the runtime's namespaces before the container's root is in place.
             let state = hooks::state_json(&spec.spec, id, "creating", pid);
             [

@@ -10,7 +10,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Mount;
+use oci_spec::runtime::{LinuxNamespaceType, Mount};
 use rustix::fs::{CWD, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -22,6 +22,7 @@ use rustix::mount::{
 use super::copy_up;
 use super::error::{LaunchError, OsError, Step};
 use super::mount_options::{Bind, MountOptions, attr};
+use super::namespaces::Plan;
 use super::paths::{Missing, is_directory, resolve};
 use super::sys::{MountAttributes, mount_setattr};
 
@@ -113,9 +114,13 @@ pub(crate) struct Prepared<'a> {
 }
 
 impl<'a> Prepared<'a> {
-    /// Opens what a mount binds. `cgroup` is given where the container shares the guest's cgroup
-    /// namespace: its view is then a bind of its own cgroup.
-    pub(crate) fn open(mount: &'a Mount, cgroup: Option<&Path>) -> Result<Self, LaunchError> {
+    /// Opens what a mount binds, and makes what the container's user namespace may not. `cgroup` is given where the container
+    /// shares the guest's cgroup namespace: its view is then a bind of its own cgroup.
+    pub(crate) fn open(
+        mount: &'a Mount,
+        namespaces: &Plan,
+        cgroup: Option<&Path>,
+    ) -> Result<Self, LaunchError> {
         let options = MountOptions::parse(mount.options().as_deref().unwrap_or_default())?;
         let source = if options.remount {
             None
@@ -130,6 +135,13 @@ impl<'a> Prepared<'a> {
                 .map(|path| Source::open(path, Bind::Recursive))
                 .transpose()
                 .map_err(|errno| failed(mount, &errno.text()))?
+        } else if namespaces.has_user() && shows_the_guests(mount, namespaces) {
+            let tree =
+                file_system(mount, &options, None).map_err(|reason| failed(mount, &reason))?;
+            Some(Source {
+                tree,
+                directory: true,
+            })
         } else {
             None
         };
@@ -196,6 +208,17 @@ impl<'a> Prepared<'a> {
         attach(&tree, &target).map_err(|errno| failed(mount, &errno.text()))?;
         Ok(late_read_only.then_some(tree))
     }
+}
+
+/// Whether a file system shows a namespace that is the guest's own: only who rules that namespace may mount it.
+fn shows_the_guests(mount: &Mount, namespaces: &Plan) -> bool {
+    let shown = match mount.typ().as_deref() {
+        Some("sysfs") => LinuxNamespaceType::Network,
+        Some("mqueue") => LinuxNamespaceType::Ipc,
+        Some("proc") => LinuxNamespaceType::Pid,
+        _ => return false,
+    };
+    !namespaces.has(shown)
 }
 
 fn is_cgroup(mount: &Mount) -> bool {

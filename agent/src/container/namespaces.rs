@@ -6,7 +6,10 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
+use husk_protocol::JOINED_NAMESPACE;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType, LinuxTimeOffset};
 
@@ -19,22 +22,33 @@ use super::spec::has_path;
 #[derive(Debug)]
 pub(crate) struct Plan {
     join: Vec<(LinuxNamespaceType, OwnedFd)>,
+    /// Another container's, by its init: a pidfd, and CLONE_NEW* bits.
+    joined: Option<(OwnedFd, i32)>,
     /// CLONE_NEW* bits to make, without CLONE_NEWTIME.
     pub(crate) create: i32,
     time: bool,
 }
 
 impl Plan {
-    /// Opens the namespaces to join.
-    pub(crate) fn open(linux: &Linux) -> Result<Self, LaunchError> {
+    /// Opens the namespaces to join; `joined` is the init of another container of which some may be.
+    pub(crate) fn open(linux: &Linux, joined: Option<OwnedFd>) -> Result<Self, LaunchError> {
         let mut plan = Self {
             join: Vec::new(),
+            joined: joined.map(|init| (init, 0)),
             create: 0,
             time: false,
         };
         for namespace in linux.namespaces().iter().flatten() {
             let typ = namespace.typ();
             match namespace.path() {
+                Some(path) if path == Path::new(JOINED_NAMESPACE) => match &mut plan.joined {
+                    Some((_, types)) => *types |= typ as i32,
+                    None => {
+                        return Err(LaunchError::invalid(format!(
+                            "the {typ} namespace is to be another container's, and the request names none"
+                        )));
+                    }
+                },
                 Some(path) if has_path(Some(path)) => {
                     let fd = open_file(path)
                         .spec_step(|| format!("opening {typ} namespace {path:?} to join"))?;
@@ -44,8 +58,6 @@ impl Plan {
                 _ => plan.create |= typ as i32,
             }
         }
-        plan.join
-            .sort_by_key(|(typ, _)| *typ == LinuxNamespaceType::User);
         Ok(plan)
     }
 
@@ -56,11 +68,17 @@ impl Plan {
 
     /// Whether the container lives in a user namespace other than the guest's.
     pub(crate) fn has_user(&self) -> bool {
-        self.creates(LinuxNamespaceType::User) || self.joins(LinuxNamespaceType::User)
+        self.has(LinuxNamespaceType::User)
     }
 
-    fn joins(&self, typ: LinuxNamespaceType) -> bool {
-        self.join.iter().any(|(joined, _)| *joined == typ)
+    /// Whether the spec lists this type; where it does not the container shares the guest's.
+    pub(crate) fn has(&self, typ: LinuxNamespaceType) -> bool {
+        let anew = self.creates(typ) || typ == LinuxNamespaceType::Time && self.time;
+        let by_init = self
+            .joined
+            .as_ref()
+            .is_some_and(|(_, types)| types & typ as i32 != 0);
+        anew || by_init || self.join.iter().any(|(joined, _)| *joined == typ)
     }
 
     /// Joins what exists and prepares the time namespace; children are then in them.
@@ -72,12 +90,32 @@ impl Plan {
                 write_time_offsets(offsets)?;
             }
         }
-        for (typ, fd) in &self.join {
-            setns(fd.as_fd(), CloneFlags::from_bits_retain(*typ as i32))
-                .spec_step(|| format!("joining the {typ} namespace"))?;
+        let is_user = |(typ, _): &&(LinuxNamespaceType, OwnedFd)| *typ == LinuxNamespaceType::User;
+        for one in self.join.iter().filter(|one| !is_user(one)) {
+            join(one)?;
         }
-        Ok(())
+        if let Some((init, types)) = &self.joined
+            && *types != 0
+        {
+            setns(init.as_fd(), CloneFlags::from_bits_retain(*types)).map_err(
+                |errno| match errno {
+                    Errno::ESRCH => LaunchError::NotRunning(
+                        "cannot join the namespaces of the pod's sandbox container: it has ended"
+                            .into(),
+                    ),
+                    errno => LaunchError::internal(format!(
+                        "joining another container's namespaces: {errno}"
+                    )),
+                },
+            )?;
+        }
+        self.join.iter().filter(is_user).try_for_each(join)
     }
+}
+
+fn join((typ, fd): &(LinuxNamespaceType, OwnedFd)) -> Result<(), LaunchError> {
+    setns(fd.as_fd(), CloneFlags::from_bits_retain(*typ as i32))
+        .spec_step(|| format!("joining the {typ} namespace"))
 }
 
 /// Leaves the agent's mount namespace for a copy that ends with the launch. Opening a path on a virtio-fs share mounts what
@@ -146,7 +184,7 @@ pub(crate) fn become_root() -> Result<(), LaunchError> {
 /// own, which joining again leaves as they are; a user namespace can only be joined when it is another one.
 pub(crate) fn join_all(init: impl AsFd, namespaces: i32) -> Result<(), LaunchError> {
     setns(init.as_fd(), CloneFlags::from_bits_retain(namespaces)).map_err(|errno| match errno {
-        nix::errno::Errno::ESRCH => LaunchError::NotRunning(
+        Errno::ESRCH => LaunchError::NotRunning(
             "cannot exec in a container whose init process has ended".into(),
         ),
         errno => LaunchError::internal(format!("joining the container's namespaces: {errno}")),

@@ -20,6 +20,7 @@ use super::mount_options::{Bind, Propagation};
 use super::mounts::{
     Prepared, attach, clone_path, clone_tree, make_read_only, new_file_system, set_root_propagation,
 };
+use super::namespaces::Plan;
 use super::paths::{self, Missing, is_directory, resolve};
 
 /// Where the root of a container in a user namespace is put together: root.path itself may lie behind
@@ -40,9 +41,10 @@ impl<'a> Prepare<'a> {
     /// Opens the rootfs, the sources of binds, and devices that a user namespace could not make.
     pub(crate) fn open(
         spec: &'a Spec,
-        user_namespace: bool,
+        namespaces: &Plan,
         shared_cgroup: Option<&Path>,
     ) -> Result<Self, LaunchError> {
+        let user_namespace = namespaces.has_user();
         let path = spec
             .root()
             .as_ref()
@@ -68,7 +70,7 @@ impl<'a> Prepare<'a> {
             .mounts()
             .iter()
             .flatten()
-            .map(|mount| Prepared::open(mount, shared_cgroup))
+            .map(|mount| Prepared::open(mount, namespaces, shared_cgroup))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             spec,

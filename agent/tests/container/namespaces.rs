@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::json;
 
-use crate::support::{Bundle, destroy, exec_sh};
+use crate::support::{Bundle, destroy, exec_sh, wait};
 
 #[tokio::test]
 async fn a_world_of_its_own() {
@@ -77,6 +77,122 @@ async fn namespaces_are_joined_by_path() {
         .await;
     assert!(error.to_string().contains("\"/no/such\""), "{error}");
     destroy(first, pid).await;
+}
+
+/// A namespace of the spec that is the joined container's.
+fn joined(typ: &str) -> serde_json::Value {
+    json!({"type": typ, "path": husk_protocol::JOINED_NAMESPACE})
+}
+
+#[tokio::test]
+async fn a_pod_that_shares_its_process_namespace() {
+    let pause = Bundle::sh("echo up; while :; do sleep 1000 & wait; done");
+    let (pause, pause_pid, mut streams) = pause.create().await.unwrap().start().await;
+    assert_eq!(streams.line(), "up");
+    let member = Bundle::sh(
+        "orphan=$(sleep 2000 > /dev/null & echo $!); echo $$; readlink /proc/self/ns/pid; \
+         tr '\\0' ' ' < /proc/1/cmdline; echo; echo $orphan; sleep 3000",
+    )
+    .with_namespace(joined("pid"));
+    let member = member.create_joining(Some(&pause)).await.unwrap();
+    let (member, member_pid, mut streams) = member.start().await;
+    assert_ne!(streams.line(), "1");
+    let namespace = fs::read_link(format!("/proc/{pause_pid}/ns/pid")).unwrap();
+    assert_eq!(streams.line(), namespace.display().to_string());
+    assert!(
+        streams.line().contains("echo up"),
+        "PID 1 is the first container's"
+    );
+    let orphan = format!("/proc/{}", streams.line());
+    // What a container leaves behind is PID 1's, and seen by everyone.
+    let script = format!("grep PPid {orphan}/status");
+    assert_eq!(exec_sh(&pause, &script).await.stdout.trim(), "PPid:\t1");
+    assert_eq!(exec_sh(&member, &script).await.stdout.trim(), "PPid:\t1");
+
+    destroy(member, member_pid).await;
+    let left = exec_sh(
+        &pause,
+        &format!("test -e {orphan}; echo $?; cat /proc/*/cmdline | tr '\\0' ' '"),
+    )
+    .await;
+    assert!(left.stdout.starts_with("1\n"), "{left:?}");
+    assert!(
+        left.stdout.contains("echo up") && !left.stdout.contains("3000"),
+        "{left:?}"
+    );
+
+    // Neither of the other's namespaces that the spec does not name, nor of nobody's, nor of one that has ended.
+    let alone = Bundle::sh("echo $$")
+        .create_joining(Some(&pause))
+        .await
+        .unwrap();
+    let output = alone.streams.finish(alone.launched).await.unwrap();
+    assert_eq!(output.stdout, "1\n");
+    alone.container.delete().await.unwrap();
+    let nobodys = Bundle::sh("true")
+        .with_namespace(joined("pid"))
+        .fail()
+        .await;
+    assert!(nobodys.to_string().contains("names none"), "{nobodys}");
+    pause.cgroup().kill().unwrap();
+    tokio::task::spawn_blocking(move || wait(pause_pid))
+        .await
+        .unwrap();
+    let late = Bundle::sh("true").with_namespace(joined("pid"));
+    let error = late.create_joining(Some(&pause)).await.err().unwrap();
+    assert!(error.to_string().contains("it has ended"), "{error}");
+    pause.delete().await.unwrap();
+}
+
+/// As the shim writes a pod's specs: what is not listed is the guest's own.
+#[tokio::test]
+async fn a_pod_in_a_user_namespace() {
+    let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    let podlike = |script: &str| {
+        let bundle = Bundle::sh(script)
+            .without_namespace("ipc")
+            .without_namespace("uts")
+            .without_namespace("network")
+            .with("/linux/uidMappings", mappings.clone())
+            .with("/linux/gidMappings", mappings.clone());
+        for path in [bundle.root(), bundle.root().join("tmp")] {
+            std::os::unix::fs::chown(path, Some(100_000), Some(100_000)).unwrap();
+        }
+        bundle
+    };
+    let pause = podlike("echo up; sleep 1000").with_namespace(json!({"type": "user"}));
+    let (pause, pause_pid, mut streams) = pause.create().await.unwrap().start().await;
+    assert_eq!(streams.line(), "up");
+    let queue = format!("/dev/mqueue/husk-{pause_pid}");
+    let member = podlike(&format!(
+        "id -u; for n in user pid uts; do readlink /proc/self/ns/$n; done; ls /sys/class/net | grep -c lo; \
+         echo $$; touch /tmp/made {queue} && stat -c %u {queue}; mount -t sysfs s /tmp 2>/dev/null || echo denied"
+    ))
+    .with_namespace(joined("user"));
+    let root = member.root();
+    let waiting = member.create_joining(Some(&pause)).await.unwrap();
+    let output = waiting.streams.finish(waiting.launched).await.unwrap();
+    waiting.container.delete().await.unwrap();
+    let lines: Vec<&str> = output.stdout.lines().collect();
+    let own = |name: &str| {
+        fs::read_link(format!("/proc/self/ns/{name}"))
+            .unwrap()
+            .display()
+            .to_string()
+    };
+    let user = fs::read_link(format!("/proc/{pause_pid}/ns/user")).unwrap();
+    assert_eq!(lines[..2], ["0", &user.display().to_string()], "{output:?}");
+    assert_ne!(lines[2], own("pid"));
+    assert_eq!(lines[3], own("uts"));
+    assert_eq!(lines[4..], ["1", "1", "0", "denied"], "{output:?}");
+    assert_eq!(
+        std::os::unix::fs::MetadataExt::uid(&fs::metadata(root.join("tmp/made")).unwrap()),
+        100_000
+    );
+    // The queue is the pod's: there also for who comes later.
+    let seen = exec_sh(&pause, &format!("ls {queue} && busybox rm {queue}")).await;
+    assert_eq!(seen.stdout.trim(), queue, "{seen:?}");
+    destroy(pause, pause_pid).await;
 }
 
 #[tokio::test]

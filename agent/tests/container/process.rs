@@ -298,10 +298,14 @@ async fn check_terminal(bundle: Bundle) {
     let bundle = bundle
         .with("/process/terminal", json!(true))
         .with("/process/consoleSize", json!({"height": 33, "width": 101}));
-    let (container, launched) =
-        Container::create(&bundle.id, bundle.spec.to_string().as_bytes(), Io::Terminal)
-            .await
-            .unwrap();
+    let (container, launched) = Container::create(
+        &bundle.id,
+        bundle.spec.to_string().as_bytes(),
+        Io::Terminal,
+        None,
+    )
+    .await
+    .unwrap();
     let mut master = fs::File::from(launched.console.unwrap());
     let pid = launched.pid;
     launched.gate.release().await.unwrap();
@@ -460,7 +464,7 @@ async fn ids_are_taken_once() {
     let bundle = Bundle::sh("true");
     let waiting = bundle.create().await.unwrap();
     let (io, _streams) = pipes();
-    let again = Container::create(&bundle.id, bundle.spec.to_string().as_bytes(), io).await;
+    let again = Container::create(&bundle.id, bundle.spec.to_string().as_bytes(), io, None).await;
     assert!(again.unwrap_err().to_string().contains("exists already"));
     waiting.streams.finish(waiting.launched).await.unwrap();
     waiting.container.delete().await.unwrap();

@@ -135,10 +135,15 @@ impl Bundle {
 
     /// Creates the container, up to its gate.
     pub async fn create(&self) -> Result<Waiting, LaunchError> {
+        self.create_joining(None).await
+    }
+
+    /// Creates one that may join another's namespaces.
+    pub async fn create_joining(&self, joined: Option<&Container>) -> Result<Waiting, LaunchError> {
         let (io, mut streams) = pipes();
         streams._directory = Some(Arc::clone(&self.directory));
         let (container, launched) =
-            Container::create(&self.id, self.spec.to_string().as_bytes(), io).await?;
+            Container::create(&self.id, self.spec.to_string().as_bytes(), io, joined).await?;
         Ok(Waiting {
             container,
             launched,

@@ -97,6 +97,7 @@ impl Runtime for Processes {
         _id: &str,
         spec_json: &[u8],
         io: Io,
+        _joined: Option<&Group>,
     ) -> Result<(Group, Launched<Group>), LaunchError> {
         let dir = tempfile::tempdir().map_err(internal)?;
         fs::write(dir.path().join("memory.events"), "oom_kill 0\n").map_err(internal)?;
