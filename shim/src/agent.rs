@@ -115,7 +115,7 @@ impl Agent {
             .map(drop)
     }
 
-    /// Sets a container up.
+    /// Sets a container up. `joins` is the one whose namespaces its spec joins; empty where it joins none.
     ///
     /// # Errors
     /// As [`Self::create_sandbox`].
@@ -123,11 +123,13 @@ impl Agent {
         &self,
         id: &str,
         spec_json: Vec<u8>,
+        joins: String,
         stdio: Stdio,
     ) -> Result<(), TaskError> {
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
             spec_json,
+            joins,
             stdio: Some(stdio).into(),
             ..Default::default()
         };

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-/// Annotations that name the pod: the explicit group first, then the engines' own.
-const GROUP_KEYS: [&str; 3] = [
-    "io.containerd.runc.v2.group",
+/// Annotation that names a group of containers, whoever made it.
+const GROUP_KEY: &str = "io.containerd.runc.v2.group";
+/// The engines' own that name a Kubernetes pod.
+const POD_KEYS: [&str; 2] = [
     "io.kubernetes.cri.sandbox-id",
     "io.kubernetes.cri-o.SandboxID",
 ];
@@ -41,11 +42,37 @@ struct Spec {
     annotations: Option<HashMap<String, String>>,
 }
 
-/// Whether these are the annotations of a pod's sandbox container.
-pub fn is_sandbox(annotations: &HashMap<String, String>) -> bool {
-    TYPE_KEYS
-        .iter()
-        .any(|key| annotations.get(*key).is_some_and(|kind| kind == "sandbox"))
+/// What a container is in a Kubernetes pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It has no pod, or only shares its VM.
+    Plain,
+    /// The one that stands for the pod (pause).
+    Sandbox,
+    /// One of the others.
+    Member,
+}
+
+/// What the annotations say that a container is.
+pub fn role(annotations: &HashMap<String, String>) -> Role {
+    match find(annotations, &TYPE_KEYS) {
+        Some("sandbox") => Role::Sandbox,
+        Some("container") => Role::Member,
+        _ => Role::Plain,
+    }
+}
+
+/// The role in a Kubernetes pod, and that pod's id.
+pub fn pod(annotations: &HashMap<String, String>) -> Option<(Role, &str)> {
+    let role = role(annotations);
+    let id = find(annotations, &POD_KEYS)?;
+    (role != Role::Plain).then_some((role, id))
+}
+
+/// The first of these annotations that says something.
+fn find<'a>(annotations: &'a HashMap<String, String>, keys: &[&str]) -> Option<&'a str> {
+    let values = keys.iter().filter_map(|key| annotations.get(*key));
+    values.map(String::as_str).find(|value| !value.is_empty())
 }
 
 impl Group {
@@ -83,15 +110,13 @@ impl Group {
     }
 
     fn of_annotations(annotations: &HashMap<String, String>, id: &str) -> Self {
-        let find = |keys: &[&str]| {
-            keys.iter()
-                .filter_map(|k| annotations.get(*k))
-                .find(|v| !v.is_empty())
-                .cloned()
-        };
-        let group = find(&GROUP_KEYS).unwrap_or_else(|| id.to_owned());
-        let joins = find(&TYPE_KEYS).as_deref() == Some("container") && group != id;
-        Self { id: group, joins }
+        // The explicit group first.
+        let group = find(annotations, &[GROUP_KEY]).or_else(|| find(annotations, &POD_KEYS));
+        let group = group.unwrap_or(id);
+        Self {
+            id: group.to_owned(),
+            joins: role(annotations) == Role::Member && group != id,
+        }
     }
 }
 

@@ -35,7 +35,7 @@ use crate::{
     phase::{Phase, PhaseSender, PhaseWatch},
     share::Share,
     sizing::{self, Bounds, Size},
-    spec::BundleSpec,
+    spec::{BundleSpec, PodSettings},
     state::{PodDir, ProcessId},
     streams::{self, Streams},
     timing::{Moment, Point, Timeline},
@@ -71,6 +71,7 @@ pub struct Sandbox {
     network: OnceLock<Arc<Network>>,
     /// Whoever looks for a network that was not there at the start.
     late: OnceLock<Late>,
+    settings: OnceLock<PodSettings>,
     /// Why the shim itself ended the VM, where it did.
     doom: OnceLock<String>,
     /// The start is over, whatever came of it: it makes nothing on the host any more.
@@ -94,6 +95,7 @@ impl Sandbox {
             size: OnceLock::new(),
             network: OnceLock::new(),
             late: OnceLock::new(),
+            settings: OnceLock::new(),
             doom: OnceLock::new(),
             settled: watch::Sender::new(false),
             timeline: Timeline::default(),
@@ -303,12 +305,13 @@ impl Sandbox {
             if own.is_some() != is_own {
                 record(cgroup.as_ref().filter(|_| is_own));
             }
-            plan_for(&spec, &config, id)
+            Ok::<_, VmError>((plan_for(&spec, &config, id)?, spec.pod_settings()))
         });
-        let plan = planned
+        let (plan, settings) = planned
             .await
             .map_err(|e| VmError::Other(format!("cannot plan the VM: {e}")))??;
         let _ = self.size.set(plan.size);
+        let _ = self.settings.set(settings);
         Ok(plan)
     }
 
@@ -321,8 +324,12 @@ impl Sandbox {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
+        let settings = self.settings.get().cloned().unwrap_or_default();
         Ok(CreateSandboxRequest {
             sandbox_id: self.id.clone(),
+            hostname: settings.hostname,
+            sysctls: settings.sysctls,
+            shm_size_bytes: settings.shm_size_bytes,
             shares: vec![AgentShare {
                 tag: guest_path::SHARE_TAG.into(),
                 path: guest_path::SHARE.into(),

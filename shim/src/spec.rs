@@ -10,14 +10,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use pod::{DEFAULT_SHM_SIZE, NotInVm, PodSettings};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
+use self::pod::PodShm;
 use crate::{
-    group,
+    group::Role,
     sizing::{self, Hints},
 };
+
+mod pod;
 
 /// Name of the spec in a bundle.
 const CONFIG: &str = "config.json";
@@ -49,6 +53,14 @@ pub enum SpecError {
         /// The file.
         path: PathBuf,
     },
+    /// What no VM can offer.
+    #[error("{path}: {source}")]
+    NotInVm {
+        /// The file.
+        path: PathBuf,
+        /// What and why.
+        source: NotInVm,
+    },
 }
 
 /// A bundle's spec.
@@ -57,6 +69,7 @@ pub struct BundleSpec {
     bundle: PathBuf,
     value: Value,
     read: Read,
+    pod_shm: Option<PodShm>,
 }
 
 /// What the shim itself reads of a spec. The rest is the agent's to understand.
@@ -68,6 +81,7 @@ struct Read {
     linux: Option<Linux>,
     mounts: Option<Vec<Mount>>,
     process: Option<Process>,
+    hostname: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -98,14 +112,15 @@ struct Linux {
     cgroups_path: Option<PathBuf>,
     namespaces: Option<Vec<Namespace>>,
     resources: Option<Resources>,
+    sysctl: Option<HashMap<String, String>>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 struct Namespace {
     #[serde(rename = "type")]
-    kind: String,
-    path: Option<PathBuf>,
+    typ: String,
+    path: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -165,6 +180,15 @@ pub struct GuestPaths {
     pub mounts: HashMap<usize, String>,
 }
 
+/// A spec as the agent gets it.
+#[derive(Debug, Clone)]
+pub struct GuestSpec {
+    /// The spec.
+    pub spec: Value,
+    /// Id of the container whose namespaces it joins; empty where it joins none.
+    pub joins: String,
+}
+
 impl BundleSpec {
     /// Reads the spec of a bundle.
     ///
@@ -181,7 +205,7 @@ impl BundleSpec {
     /// Reads a spec out of bytes.
     ///
     /// # Errors
-    /// [`SpecError::Invalid`] and [`SpecError::NoRoot`].
+    /// Every [`SpecError`] but [`SpecError::Read`].
     pub fn parse(bundle: &Path, bytes: &[u8]) -> Result<Self, SpecError> {
         let path = bundle.join(CONFIG);
         let invalid = |source| SpecError::Invalid {
@@ -198,9 +222,14 @@ impl BundleSpec {
         if !has_root {
             return Err(SpecError::NoRoot { path });
         }
+        pod::check(&read).map_err(|source| SpecError::NotInVm {
+            path: path.clone(),
+            source,
+        })?;
         Ok(Self {
             bundle: bundle.to_owned(),
             value,
+            pod_shm: PodShm::find(&read),
             read,
         })
     }
@@ -224,10 +253,10 @@ impl BundleSpec {
     /// Its network.
     pub fn network_namespace(&self) -> NetworkNamespace<'_> {
         let namespaces = self.read.linux.iter().flat_map(|linux| &linux.namespaces);
-        let network = namespaces.flatten().find(|ns| ns.kind == "network");
+        let network = namespaces.flatten().find(|ns| ns.typ == "network");
         match network.map(|ns| ns.path.as_deref()) {
             None => NetworkNamespace::Host,
-            Some(Some(path)) if !path.as_os_str().is_empty() => NetworkNamespace::At(path),
+            Some(Some(path)) if !path.is_empty() => NetworkNamespace::At(Path::new(path)),
             Some(_) => NetworkNamespace::New,
         }
     }
@@ -235,7 +264,7 @@ impl BundleSpec {
     /// How gladly the kernel kills the VM when the host runs out of memory. A pod's sandbox container holds nothing and is spared by its
     /// engine; the VM holds what the pod's containers use, and is not.
     pub fn oom_score_adj(&self) -> i32 {
-        if group::is_sandbox(&self.annotations()) {
+        if self.role() == Role::Sandbox {
             return 0;
         }
         let process = self.read.process.as_ref();
@@ -260,7 +289,7 @@ impl BundleSpec {
     }
 
     /// Bind mounts whose source lies on this host and must be shared. Those of the kernel's own trees are not among
-    /// them: in the guest they mean the guest's.
+    /// them, nor is the pod's `/dev/shm`: in the guest they mean the guest's.
     pub fn bind_mounts(&self) -> Vec<BindMount> {
         let mounts = self.read.mounts.as_deref().unwrap_or_default();
         let mut binds = Vec::new();
@@ -268,6 +297,9 @@ impl BundleSpec {
             let Some(recursive) = mount.bind_kind() else {
                 continue;
             };
+            if self.pod_shm.is_some_and(|shm| shm.index == index) {
+                continue;
+            }
             let source = self
                 .bundle
                 .join(mount.source.as_deref().unwrap_or(Path::new("")));
@@ -301,8 +333,17 @@ impl BundleSpec {
             .unwrap_or_default()
     }
 
-    /// The spec as the agent gets it.
-    pub fn for_guest(&self, paths: &GuestPaths, vcpus: u8) -> Value {
+    /// The spec as the agent gets it. `pause` is the pod's sandbox container, where the guest has one.
+    ///
+    /// # Errors
+    /// [`NotInVm::SharedProcesses`].
+    pub fn for_guest(
+        &self,
+        paths: &GuestPaths,
+        vcpus: u8,
+        pause: Option<&str>,
+    ) -> Result<GuestSpec, NotInVm> {
+        let joins = self.joins(pause)?;
         let mut spec = self.value.clone();
         if let Some(root) = spec.get_mut("root").and_then(Value::as_object_mut) {
             root.insert("path".into(), json!(paths.rootfs));
@@ -319,18 +360,23 @@ impl BundleSpec {
             strip_labels(process);
         }
         drop_host_hooks(&mut spec);
+        if let Some(spec) = spec.as_object_mut() {
+            self.rewrite_shared(spec, joins.is_some());
+        }
         if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
             // A place among the host's cgroups; the agent has its own.
             linux.remove("cgroupsPath");
             linux.remove("mountLabel");
             linux.remove("intelRdt");
-            drop_host_namespaces(linux);
             drop_host_devices(linux);
             if let Some(resources) = linux.get_mut("resources") {
                 renumber_cpus(resources, vcpus);
             }
         }
-        spec
+        Ok(GuestSpec {
+            spec,
+            joins: joins.unwrap_or_default().to_owned(),
+        })
     }
 }
 
@@ -354,12 +400,25 @@ impl Mount {
 
     /// `None` where the spec does not say.
     fn is_private(&self) -> Option<bool> {
+        self.propagation()
+            .map(|kind| matches!(kind, "private" | "unbindable"))
+    }
+
+    /// Whether what the container mounts there is to appear on the host.
+    fn spreads_to_host(&self) -> bool {
+        let of_host = |source: &PathBuf| !is_kernel_tree(source);
+        self.bind_kind().is_some()
+            && self.propagation() == Some("shared")
+            && self.source.as_ref().is_some_and(of_host)
+    }
+
+    /// Without the `r`; the last one counts.
+    fn propagation(&self) -> Option<&str> {
         let options = self.options.iter().flatten();
         let kinds = options.map(|o| o.strip_prefix('r').unwrap_or(o));
         kinds
             .rev()
             .find(|o| matches!(*o, "private" | "slave" | "shared" | "unbindable"))
-            .map(|o| matches!(o, "private" | "unbindable"))
     }
 }
 
@@ -417,24 +476,6 @@ fn drop_host_hooks(spec: &mut Value) {
         }
         false
     });
-}
-
-/// A namespace with a path is one of the host. The network one stands for the pod's: in the guest that is the guest's own.
-/// The others become new ones.
-fn drop_host_namespaces(linux: &mut Map<String, Value>) {
-    let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) else {
-        return;
-    };
-    let has_path = |ns: &Value| {
-        ns.get("path")
-            .and_then(Value::as_str)
-            .is_some_and(|path| !path.is_empty())
-    };
-    namespaces
-        .retain(|ns| !(has_path(ns) && ns.get("type").and_then(Value::as_str) == Some("network")));
-    for namespace in namespaces.iter_mut().filter_map(Value::as_object_mut) {
-        namespace.remove("path");
-    }
 }
 
 /// Devices by type, major and minor that a guest has whatever the host has: memory, tty and pty devices, fuse, tun.

@@ -85,7 +85,8 @@ pub struct Parts {
 }
 
 impl Container {
-    /// Makes the container in the guest from a spec that is already the guest's. Its init waits to be started.
+    /// Makes the container in the guest from a spec that is already the guest's, in JSON. Its init waits to be started. `joins` is the
+    /// container whose namespaces the spec joins; empty where it joins none.
     ///
     /// # Errors
     /// The stream that cannot be opened, or the agent's reason.
@@ -93,6 +94,7 @@ impl Container {
         parts: Parts,
         agent: &Agent,
         spec_json: Vec<u8>,
+        joins: String,
     ) -> Result<Arc<Self>, TaskError> {
         let container = Arc::new(Self {
             id: parts.id,
@@ -107,7 +109,7 @@ impl Container {
         let (stdio, expecting) = container.open_stdio(&parts.paths).await?;
         let tokens = expecting.for_agent(parts.paths.terminal);
         let created = agent
-            .create_container(&container.id, spec_json, tokens)
+            .create_container(&container.id, spec_json, joins, tokens)
             .await;
         if let Err(error) = created {
             stdio.close();

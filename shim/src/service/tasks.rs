@@ -26,7 +26,7 @@ use crate::{
     phase::Phase,
     sandbox::Sandbox,
     share::Share,
-    spec::{BundleSpec, GuestPaths},
+    spec::{BundleSpec, GuestPaths, GuestSpec},
     stdio::StdioPaths,
     timing::Point,
     vm::Driver,
@@ -208,7 +208,12 @@ impl Tasks {
             agent = phase.agent() => agent.map_err(|reason| TaskError::failed(reason.to_string()))?,
         };
         self.sandbox.refresh_network().await?;
-        let spec_json = serde_json::to_vec(&spec.for_guest(paths, self.sandbox.vcpus()))
+        let pause = self.get(&self.context.sandbox_id).ok();
+        let pause = pause.as_ref().map(|container| container.id());
+        let GuestSpec { spec, joins } = spec
+            .for_guest(paths, self.sandbox.vcpus(), pause)
+            .map_err(|e| TaskError::failed_precondition(e.to_string()))?;
+        let spec_json = serde_json::to_vec(&spec)
             .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
         let parts = Parts {
             id: request.id.clone(),
@@ -225,7 +230,7 @@ impl Tasks {
             error
         };
         let container = tokio::select! {
-            created = Container::create(parts, &agent, spec_json) => created?,
+            created = Container::create(parts, &agent, spec_json, joins) => created?,
             error = given_up => return Err(error),
         };
         Ok((container, agent))

@@ -11,7 +11,7 @@ fn rewritten(json: Value) -> Value {
         rootfs: "/run/husk/share/c/rootfs".into(),
         mounts: HashMap::from([(1, "/run/husk/share/c/mounts/1".into())]),
     };
-    spec(json).for_guest(&paths, 2)
+    spec(json).for_guest(&paths, 2, None).unwrap().spec
 }
 
 #[test]
@@ -184,4 +184,274 @@ fn hints_come_from_the_pod_or_else_the_container() {
             ..Hints::default()
         }
     );
+}
+
+/// A pod's specs as containerd's CRI writes them (1.7 and 2.1 agree on what is in here), with a tmpfs at `shm`.
+mod pods {
+    use husk_protocol::JOINED_NAMESPACE;
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+    };
+
+    use super::*;
+
+    const POD: &str = "8fa1";
+
+    fn sandbox(shm: &Path) -> Value {
+        json!({
+            "ociVersion": "1.2.0", "root": {"path": "rootfs", "readonly": true}, "hostname": "web-0",
+            "process": {"args": ["/pause"], "cwd": "/", "oomScoreAdj": -998},
+            "annotations": {"io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": POD},
+            "mounts": [
+                {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+                {"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind", "ro", "nosuid", "nodev", "noexec"]},
+                {"destination": "/etc/resolv.conf", "type": "bind", "source": "/resolv.conf", "options": ["rbind", "ro"]},
+            ],
+            "linux": {
+                "sysctl": {"kernel.shm_rmid_forced": "1", "net.ipv4.ip_unprivileged_port_start": "0"},
+                "namespaces": [
+                    {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"},
+                    {"type": "network", "path": "/var/run/netns/cni-1"},
+                ],
+            },
+        })
+    }
+
+    fn member(shm: &Path) -> Value {
+        json!({
+            "ociVersion": "1.2.0", "root": {"path": "rootfs"},
+            "process": {"args": ["sh"], "cwd": "/", "env": ["HOSTNAME=web-0"]},
+            "annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": POD},
+            "mounts": [
+                {"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind", "rprivate", "rw"]},
+            ],
+            "linux": {"namespaces": [
+                {"type": "pid"}, {"type": "ipc", "path": "/proc/4711/ns/ipc"}, {"type": "uts", "path": "/proc/4711/ns/uts"},
+                {"type": "mount"}, {"type": "network", "path": "/proc/4711/ns/net"}, {"type": "cgroup"},
+            ]},
+        })
+    }
+
+    fn set_namespace(spec: &mut Value, namespace: Value) {
+        let list = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        list.retain(|ns| ns["type"] != namespace["type"]);
+        list.push(namespace);
+    }
+
+    fn for_guest(json: Value, pause: Option<&str>) -> GuestSpec {
+        spec(json)
+            .for_guest(&GuestPaths::default(), 1, pause)
+            .unwrap()
+    }
+
+    fn refusal(json: &Value) -> String {
+        let bytes = serde_json::to_vec(json).unwrap();
+        BundleSpec::parse(Path::new("/b"), &bytes)
+            .unwrap_err()
+            .to_string()
+    }
+
+    const NO_SHM: &str = "/run/containerd/io.containerd.grpc.v1.cri/sandboxes/8fa1/shm";
+
+    #[test]
+    fn the_pods_network_uts_and_ipc_namespaces_are_the_guests() {
+        let own = json!([{"type": "pid"}, {"type": "mount"}]);
+        let pause = for_guest(sandbox(NO_SHM.as_ref()), None);
+        assert_eq!(pause.spec["linux"]["namespaces"], own);
+        // They are set for the guest: in a user namespace the container may not.
+        assert!(
+            pause.spec.get("hostname").is_none() && pause.spec["linux"].get("sysctl").is_none()
+        );
+        let settings = spec(sandbox(NO_SHM.as_ref())).pod_settings();
+        assert_eq!(settings.hostname, "web-0");
+        assert_eq!(settings.sysctls["kernel.shm_rmid_forced"], "1");
+        assert_eq!(settings.sysctls.len(), 2);
+        for there in [Some(POD), None] {
+            let mut json = member(NO_SHM.as_ref());
+            json["hostname"] = json!("web-0");
+            let out = for_guest(json, there);
+            assert_eq!(
+                out.spec["linux"]["namespaces"],
+                json!([{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}])
+            );
+            assert!(out.spec.get("hostname").is_none() && out.joins.is_empty());
+        }
+        assert_eq!(
+            spec(member(NO_SHM.as_ref())).pod_settings(),
+            PodSettings::default()
+        );
+    }
+
+    #[test]
+    fn shared_processes_and_users_are_the_sandbox_containers() {
+        let mut json = member(NO_SHM.as_ref());
+        set_namespace(
+            &mut json,
+            json!({"type": "pid", "path": "/proc/4711/ns/pid"}),
+        );
+        let out = for_guest(json.clone(), Some(POD));
+        assert_eq!(out.joins, POD);
+        assert_eq!(
+            out.spec["linux"]["namespaces"][2],
+            json!({"type": "pid", "path": JOINED_NAMESPACE})
+        );
+        let error = spec(json.clone())
+            .for_guest(&GuestPaths::default(), 1, None)
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("shareProcessNamespace"),
+            "{error}"
+        );
+        set_namespace(&mut json, json!({"type": "pid"}));
+
+        let user = json!({"type": "user", "path": "/proc/4711/ns/user"});
+        set_namespace(&mut json, user);
+        let out = for_guest(json.clone(), Some(POD));
+        let namespaces = &out.spec["linux"]["namespaces"];
+        assert_eq!(namespaces[2], json!({"type": "pid"}));
+        assert_eq!(
+            namespaces[3],
+            json!({"type": "user", "path": JOINED_NAMESPACE})
+        );
+        assert_eq!(out.joins, POD);
+        // Without a sandbox container one of its own, mapped alike.
+        assert_eq!(
+            for_guest(json, None).spec["linux"]["namespaces"][3],
+            json!({"type": "user"})
+        );
+        // containerd 2.1 pins the sandbox container's; it is made anew in the guest.
+        let mut json = sandbox(NO_SHM.as_ref());
+        set_namespace(
+            &mut json,
+            json!({"type": "user", "path": "/run/containerd/cri/pinned/user"}),
+        );
+        let out = for_guest(json, None);
+        assert_eq!(out.spec["linux"]["namespaces"][2], json!({"type": "user"}));
+        assert_eq!(out.joins, "");
+    }
+
+    #[test]
+    fn a_container_without_a_pod_keeps_what_is_its_own() {
+        for annotations in [Value::Null, json!({"io.containerd.runc.v2.group": POD})] {
+            let mut json = member(NO_SHM.as_ref());
+            json["annotations"] = annotations;
+            json["hostname"] = json!("box");
+            json["linux"]["sysctl"] = json!({"kernel.shmmax": "1"});
+            let out = for_guest(json, Some(POD)).spec;
+            assert_eq!(out["hostname"], "box");
+            assert_eq!(out["linux"]["sysctl"], json!({"kernel.shmmax": "1"}));
+            let types: Vec<_> = out["linux"]["namespaces"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|ns| ns["type"].as_str())
+                .collect();
+            assert_eq!(types, ["pid", "ipc", "uts", "mount", "cgroup"].map(Some));
+            assert_eq!(out["mounts"][0]["source"], NO_SHM);
+        }
+    }
+
+    #[test]
+    fn what_a_pod_cannot_have_of_its_host_is_refused_by_its_name() {
+        for (typ, field) in [("ipc", "hostIPC"), ("pid", "hostPID")] {
+            for mut json in [sandbox(NO_SHM.as_ref()), member(NO_SHM.as_ref())] {
+                let list = json["linux"]["namespaces"].as_array_mut().unwrap();
+                list.retain(|ns| ns["type"] != typ);
+                assert!(
+                    refusal(&json).contains(&format!("{field} is not possible")),
+                    "{}",
+                    refusal(&json)
+                );
+                json["annotations"] = json!({});
+                spec(json);
+            }
+        }
+    }
+
+    #[test]
+    fn mounts_that_are_to_appear_on_the_host_are_refused() {
+        let with = |source: &str, options: &[&str]| {
+            json!({
+                "ociVersion": "1", "root": {"path": "/r"},
+                "mounts": [{"destination": "/csi", "type": "bind", "source": source, "options": options}],
+            })
+        };
+        let message = refusal(&with("/var/lib/csi", &["rbind", "rshared", "rw"]));
+        assert!(
+            message.contains("mount /csi") && message.contains("Bidirectional"),
+            "{message}"
+        );
+        refusal(&with("/var/lib/csi", &["bind", "shared"]));
+        spec(with("/var/lib/csi", &["rbind", "rslave"]));
+        spec(with("/var/lib/csi", &["rbind", "rshared", "rslave"]));
+        // The guest's.
+        spec(with("/sys", &["rbind", "rshared"]));
+    }
+
+    /// In a mount namespace of its own, on a thread of its own. Needs root, as husk does.
+    fn with_tmpfs(path: &str, test: impl FnOnce(&Path) + Send) {
+        let run = || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let shm = dir.path().join(path);
+            std::fs::create_dir_all(&shm).unwrap();
+            let tmpfs = Some("tmpfs");
+            mount(
+                tmpfs,
+                &shm,
+                tmpfs,
+                MsFlags::empty(),
+                Some("mode=1777,size=32m"),
+            )
+            .unwrap();
+            test(&shm);
+            nix::mount::umount(&shm).unwrap();
+        };
+        std::thread::scope(|scope| scope.spawn(run).join().unwrap());
+    }
+
+    #[test]
+    fn the_pods_shared_memory_is_the_guests() {
+        // containerd, then CRI-O.
+        for path in ["sandboxes/8fa1/shm", "overlay-containers/8fa1/userdata/shm"] {
+            with_tmpfs(path, |shm| {
+                let pause = spec(sandbox(shm));
+                assert_eq!(pause.pod_settings().shm_size_bytes, 32 << 20);
+                let binds: Vec<_> = pause.bind_mounts().iter().map(|bind| bind.index).collect();
+                assert_eq!(binds, [2]);
+                assert_eq!(
+                    for_guest(sandbox(shm), None).spec["mounts"][1]["source"],
+                    "/run/husk/shm"
+                );
+                let mut json = member(shm);
+                let mappings = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+                json["mounts"][0]["uidMappings"] = mappings.clone();
+                json["mounts"][0]["gidMappings"] = mappings;
+                let options = json!(["rbind", "rprivate", "rw"]);
+                let mount = json!({"destination": "/dev/shm", "type": "bind", "source": "/run/husk/shm", "options": options});
+                assert_eq!(for_guest(json, Some(POD)).spec["mounts"][0], mount);
+            });
+        }
+        // The guest has one all the same.
+        assert_eq!(
+            spec(sandbox(NO_SHM.as_ref())).pod_settings().shm_size_bytes,
+            DEFAULT_SHM_SIZE
+        );
+    }
+
+    #[test]
+    fn a_volume_at_dev_shm_is_a_volume() {
+        with_tmpfs("pods/uid/volumes/kubernetes.io~empty-dir/shm", |shm| {
+            let member = spec(member(shm));
+            assert_eq!(member.bind_mounts().len(), 1);
+        });
+        // Nor is a directory of that name, should the engine not have mounted it.
+        let dir = tempfile::tempdir_in("/").unwrap();
+        let shm = dir.path().join("8fa1/shm");
+        std::fs::create_dir_all(&shm).unwrap();
+        assert_eq!(spec(member(&shm)).bind_mounts().len(), 1);
+    }
 }

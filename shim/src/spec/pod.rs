@@ -1,0 +1,224 @@
+//! What the containers of one Kubernetes pod share, and what of it they may not.
+//!
+//! With runc the sandbox (pause) container holds the pod's namespaces and the others join them by `/proc/<pid>/ns/…`. Here the pod has a
+//! machine of its own, so the pod's network, UTS and IPC namespaces are simply the guest's: a pod without a sandbox container works alike.
+//! The agent, which is in them too, uses neither SysV IPC nor message queues, and its host name is the pod's; changing any of them
+//! takes rights over the guest's namespaces that only a privileged container has. Process ids are another matter: the agent is PID 1 of the
+//! guest's own namespace, so those, and a user namespace, are the sandbox container's, joined by its id. (The pid in the path is the
+//! VMM's for every task, and says no more than "of this pod".)
+
+use std::{
+    collections::HashMap,
+    path::{Component, Path},
+};
+
+use husk_protocol::{JOINED_NAMESPACE, guest_path};
+use serde_json::{Map, Value, json};
+
+use super::{BundleSpec, Linux, Read};
+use crate::group::{self, Role};
+
+/// Where every container has its shared memory.
+const DEV_SHM: &str = "/dev/shm";
+
+/// Size of a pod's `/dev/shm` in bytes, where the engine has made none: what containerd and CRI-O give it.
+pub const DEFAULT_SHM_SIZE: u64 = 64 << 20;
+
+/// What a container is refused because it runs in a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum NotInVm {
+    /// A namespace of the host.
+    #[error(
+        "{0} is not possible for a pod in a VM: its containers are processes of the guest's kernel and see nothing of the host's; \
+         remove {0} from the pod or run it with another runtime class"
+    )]
+    HostNamespace(&'static str),
+    /// Processes shared with nobody.
+    #[error(
+        "shareProcessNamespace is not possible in this pod: it has no sandbox container, which would hold the process namespace"
+    )]
+    SharedProcesses,
+    /// A mount that is to appear on the host.
+    #[error(
+        "mount {0}: Bidirectional mount propagation (shared, rshared) is not possible for a container in a VM: what it mounts stays \
+         in its guest; use HostToContainer (rslave) or None (rprivate)"
+    )]
+    Bidirectional(String),
+}
+
+/// What the guest is set up with for all containers of the pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodSettings {
+    /// Empty: the guest keeps its default.
+    pub hostname: String,
+    /// Dotted names; those of the guest's own network, IPC and UTS namespaces.
+    pub sysctls: HashMap<String, String>,
+    /// Of the `/dev/shm` that the containers share; 0: there is none.
+    pub shm_size_bytes: u64,
+}
+
+/// The engine's mount of the pod's `/dev/shm` into this container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PodShm {
+    /// Its place in the spec's list.
+    pub(super) index: usize,
+    /// Of the host's tmpfs, in bytes.
+    size: u64,
+}
+
+impl PodShm {
+    /// The mount of the engine's tmpfs for this pod. A volume that somebody mounts at `/dev/shm` is not it.
+    pub(super) fn find(read: &Read) -> Option<Self> {
+        let annotations = read.annotations.as_ref()?;
+        let (_, sandbox_id) = group::pod(annotations)?;
+        let mounts = read.mounts.iter().flatten().enumerate();
+        let (index, source) = mounts
+            .filter(|(_, mount)| {
+                mount.bind_kind().is_some() && Path::new(&mount.destination) == Path::new(DEV_SHM)
+            })
+            .find_map(|(index, mount)| Some((index, mount.source.as_deref()?)))?;
+        // containerd: …/sandboxes/<id>/shm, CRI-O: …/overlay-containers/<id>/userdata/shm.
+        let is_pods = source.file_name().is_some_and(|name| name == "shm")
+            && source
+                .components()
+                .any(|c| c == Component::Normal(sandbox_id.as_ref()));
+        let size = is_pods.then(|| tmpfs_size(source))??;
+        Some(Self { index, size })
+    }
+}
+
+/// Size in bytes of the tmpfs at a path; `None` where there is none, or one without a limit.
+fn tmpfs_size(path: &Path) -> Option<u64> {
+    let stat = rustix::fs::statfs(path).ok()?;
+    let is_tmpfs = u64::try_from(stat.f_type) == Ok(TMPFS_MAGIC);
+    let size = u64::try_from(stat.f_bsize)
+        .ok()?
+        .checked_mul(stat.f_blocks)?;
+    (is_tmpfs && size > 0).then_some(size)
+}
+
+/// `TMPFS_MAGIC` of linux/magic.h.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+impl BundleSpec {
+    /// What the guest is set up with before its containers: from the spec of the pod's sandbox container. A container without a pod brings
+    /// everything itself.
+    pub fn pod_settings(&self) -> PodSettings {
+        if self.role() != Role::Sandbox {
+            return PodSettings::default();
+        }
+        let linux = self.read.linux.as_ref();
+        PodSettings {
+            hostname: self.read.hostname.clone().unwrap_or_default(),
+            sysctls: linux
+                .and_then(|linux| linux.sysctl.clone())
+                .unwrap_or_default(),
+            shm_size_bytes: self.pod_shm.map_or(DEFAULT_SHM_SIZE, |shm| shm.size),
+        }
+    }
+
+    /// What this container is in its pod.
+    pub(super) fn role(&self) -> Role {
+        group::role(&self.annotations())
+    }
+
+    /// The sandbox container, `pause`, where a namespace of this container is to be the one that it holds.
+    pub(super) fn joins<'a>(&self, pause: Option<&'a str>) -> Result<Option<&'a str>, NotInVm> {
+        let shares = |typ| self.role() == Role::Member && self.read.namespace_has_path(typ);
+        match pause {
+            None if shares("pid") => Err(NotInVm::SharedProcesses),
+            // A user namespace of its own, mapped the same way, has the same users.
+            None => Ok(None),
+            Some(_) => Ok(pause.filter(|_| shares("pid") || shares("user"))),
+        }
+    }
+
+    /// Makes the namespaces those of the guest: see the module. `joins`: there is a sandbox container to join.
+    pub(super) fn rewrite_shared(&self, spec: &mut Map<String, Value>, joins: bool) {
+        let role = self.role();
+        if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
+            if let Some(list) = linux.get_mut("namespaces").and_then(Value::as_array_mut) {
+                rewrite_namespaces(list, role, joins);
+            }
+            if role == Role::Sandbox {
+                // For all, and before a user namespace takes the right to set them.
+                linux.remove("sysctl");
+            }
+        }
+        if role != Role::Plain {
+            spec.remove("hostname");
+            spec.remove("domainname");
+        }
+        let shm = self
+            .pod_shm
+            .and_then(|shm| spec.get_mut("mounts")?.get_mut(shm.index)?.as_object_mut());
+        if let Some(mount) = shm {
+            mount.insert("source".into(), json!(guest_path::SHM));
+            mount.remove("uidMappings");
+            mount.remove("gidMappings");
+        }
+    }
+}
+
+fn rewrite_namespaces(list: &mut Vec<Value>, role: Role, joins: bool) {
+    let typ = |ns: &Value| ns.get("type").and_then(Value::as_str).map(str::to_owned);
+    let has_path = |ns: &Value| {
+        ns.get("path")
+            .and_then(Value::as_str)
+            .is_some_and(|path| !path.is_empty())
+    };
+    list.retain(|ns| match typ(ns).as_deref() {
+        Some("network") => !has_path(ns),
+        Some("uts" | "ipc") => role == Role::Plain,
+        _ => true,
+    });
+    for namespace in list {
+        let is_sandboxes = role == Role::Member
+            && joins
+            && has_path(namespace)
+            && matches!(typ(namespace).as_deref(), Some("pid" | "user"));
+        if let Some(namespace) = namespace.as_object_mut() {
+            namespace.remove("path");
+            if is_sandboxes {
+                namespace.insert("path".into(), json!(JOINED_NAMESPACE));
+            }
+        }
+    }
+}
+
+/// Refuses what a pod in a VM cannot have of its host.
+pub(super) fn check(read: &Read) -> Result<(), NotInVm> {
+    let role = read.annotations.as_ref().map_or(Role::Plain, group::role);
+    let namespaces = read
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.namespaces.as_ref());
+    if let (Role::Sandbox | Role::Member, Some(namespaces)) = (role, namespaces) {
+        for (typ, field) in [("ipc", "hostIPC"), ("pid", "hostPID")] {
+            if !namespaces.iter().any(|ns| ns.typ == typ) {
+                return Err(NotInVm::HostNamespace(field));
+            }
+        }
+    }
+    match read
+        .mounts
+        .iter()
+        .flatten()
+        .find(|mount| mount.spreads_to_host())
+    {
+        Some(mount) => Err(NotInVm::Bidirectional(mount.destination.clone())),
+        None => Ok(()),
+    }
+}
+
+impl Read {
+    fn namespace_has_path(&self, typ: &str) -> bool {
+        let namespaces = self
+            .linux
+            .iter()
+            .filter_map(|Linux { namespaces, .. }| namespaces.as_ref());
+        namespaces
+            .flatten()
+            .any(|ns| ns.typ == typ && ns.path.as_ref().is_some_and(|path| !path.is_empty()))
+    }
+}
