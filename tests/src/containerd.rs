@@ -1,7 +1,9 @@
 //! A private containerd: own root, state and socket, so that one already on the machine is never touched.
 
 use std::{
-    env, fs,
+    env,
+    fmt::Write as _,
+    fs,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -12,6 +14,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     ctr::{self, Output, Running},
+    host,
     runtime::Runtime,
     wait,
 };
@@ -42,17 +45,49 @@ const UNUSED_PLUGINS: [&str; 6] = [
     "io.containerd.snapshotter.v1.devmapper",
 ];
 
-/// A bridge with addresses of its own, as kubeadm's clusters have it.
-const CNI: &str = r#"{
-  "cniVersion": "1.0.0",
-  "name": "husk",
-  "plugins": [
-    { "type": "bridge", "bridge": "husk0", "isGateway": true, "ipMasq": false,
-      "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.88.0.0/16" }]], "routes": [{ "dst": "0.0.0.0/0" }] } },
-    { "type": "portmap", "capabilities": { "portMappings": true } }
-  ]
+/// The networks of CRI's containerd, by Debian's CNI plugins. The first is every pod's unless it asks for another by its
+/// runtime handler (`husk-wide`, say).
+const NETWORKS: [(&str, &str); 4] = [
+    // A bridge with addresses of its own, as kubeadm's clusters have it.
+    (
+        "bridge",
+        r#"{ "type": "bridge", "bridge": "husk0", "isGateway": true, "ipMasq": false,
+             "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.88.0.0/16" }]], "routes": [{ "dst": "0.0.0.0/0" }] } },
+           { "type": "portmap", "capabilities": { "portMappings": true } }"#,
+    ),
+    (
+        "wide",
+        r#"{ "type": "bridge", "bridge": "husk1", "isGateway": true, "ipMasq": false, "mtu": 9000,
+             "ipam": { "type": "host-local",
+                       "ranges": [[{ "subnet": "10.89.0.0/16" }], [{ "subnet": "fd00:89::/64" }]],
+                       "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] } }"#,
+    ),
+    (
+        "macvlan",
+        r#"{ "type": "macvlan", "master": "husk-mv", "mode": "bridge",
+             "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.90.0.0/16" }]] } }"#,
+    ),
+    (
+        "ipvlan",
+        r#"{ "type": "ipvlan", "master": "husk-iv", "mode": "l2",
+             "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.91.0.0/16" }]] } }"#,
+    ),
+];
+
+/// In place of a network: a pod on the bridge whose sandbox is the shim's own, by the Sandbox API, without a pause container.
+pub const SANDBOXER: &str = "sandboxer";
+
+/// Interfaces of the host that the last two networks branch off.
+const MASTERS: [&str; 2] = ["husk-mv", "husk-iv"];
+
+/// The runtime handler that gives a pod this runtime and one of [`NETWORKS`] (or [`SANDBOXER`]).
+pub fn handler(runtime: Runtime, network: &str) -> String {
+    if network == NETWORKS[0].0 {
+        runtime.to_string()
+    } else {
+        format!("{runtime}-{network}")
+    }
 }
-"#;
 
 /// A containerd of our own. Dropped, it is stopped and its directory removed.
 pub struct Containerd {
@@ -72,21 +107,50 @@ impl Containerd {
         Self::start_with(dir, bin, "", &CRI_PLUGINS)
     }
 
-    /// Starts one that serves CRI, with the runtime handlers `husk` and `runc`, and a network of Debian's CNI plugins.
+    /// Starts one that serves CRI, with the runtime handlers `husk` and `runc` on a bridge, and [those on other networks](handler).
     ///
     /// # Errors
     /// It did not come up; with the end of its log.
     pub fn start_with_cri(dir: &Path, bin: &Path) -> Result<Self> {
-        let networks = dir.join("cni");
-        fs::create_dir_all(&networks).with_context(|| format!("making {}", networks.display()))?;
-        fs::write(networks.join("10-husk.conflist"), CNI)?;
+        for master in MASTERS {
+            // It may be there from an earlier one.
+            let _ = host::run(&["ip", "link", "add", master, "type", "dummy"]);
+            host::run(&["ip", "link", "set", master, "up"])?;
+        }
         // containerd 2 reads version 2's names of what it has since split up.
-        let settings = format!(
+        let mut settings = format!(
             "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{}\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.husk]\nruntime_type = \"io.containerd.husk.v2\"\n",
-            networks.display()
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{}\"\n",
+            dir.join("cni-bridge").display()
+        );
+        for (network, plugins) in NETWORKS {
+            let networks = dir.join(format!("cni-{network}"));
+            fs::create_dir_all(&networks)
+                .with_context(|| format!("making {}", networks.display()))?;
+            fs::write(
+                networks.join("10-husk.conflist"),
+                format!(
+                    r#"{{ "cniVersion": "1.0.0", "name": "{network}", "plugins": [ {plugins} ] }}"#
+                ),
+            )?;
+            for runtime in [Runtime::Husk, Runtime::Runc] {
+                let _ = writeln!(
+                    settings,
+                    "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{}]\n\
+                     runtime_type = \"io.containerd.{runtime}.v2\"\ncni_conf_dir = \"{}\"\n\
+                     pod_annotations = [\"io.husk.*\"]",
+                    handler(runtime, network),
+                    networks.display(),
+                );
+            }
+        }
+        // The names of 2.x and of 1.7 for the same setting.
+        let _ = writeln!(
+            settings,
+            "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{}]\n\
+             runtime_type = \"io.containerd.husk.v2\"\nsandboxer = \"shim\"\nsandbox_mode = \"shim\"\n\
+             pod_annotations = [\"io.husk.*\"]",
+            handler(Runtime::Husk, SANDBOXER),
         );
         Self::start_with(dir, bin, &settings, &[])
     }

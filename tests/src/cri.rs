@@ -16,7 +16,7 @@ use tonic::{
 };
 
 use crate::{
-    containerd::{BUSYBOX, Containerd},
+    containerd::{BUSYBOX, Containerd, handler},
     runtime::Runtime,
     wait,
 };
@@ -31,7 +31,7 @@ const NO_GRACE: i64 = 0;
 pub struct Cri {
     tokio: runtime::Runtime,
     client: RuntimeServiceClient<Channel>,
-    handler: String,
+    runtime: Runtime,
     /// Where the pods' logs go, a directory each.
     logs: PathBuf,
     next: AtomicU32,
@@ -55,20 +55,25 @@ impl Cri {
         let cri = Self {
             tokio,
             client: RuntimeServiceClient::new(channel),
-            handler: runtime.name().to_owned(),
+            runtime,
             logs: containerd.dir().join("pods"),
             next: AtomicU32::new(1),
         };
-        wait::until("CRI to be ready, the network included", || {
-            let mut client = cri.client.clone();
-            let answer = cri
-                .tokio
-                .block_on(client.status(v1::StatusRequest::default()))
-                .ok()?;
-            let conditions = answer.into_inner().status?.conditions;
-            conditions.iter().all(|c| c.status).then_some(())
-        })?;
+        cri.ready()?;
         Ok(cri)
+    }
+
+    /// Waits until CRI is ready for pods.
+    ///
+    /// # Errors
+    /// It never says so.
+    pub fn ready(&self) -> Result<()> {
+        wait::until("CRI to be ready, the network included", || {
+            let request = v1::StatusRequest::default();
+            let answer = self.call("Status", async |mut c| c.status(request).await);
+            let conditions = answer.ok()?.status?.conditions;
+            conditions.iter().all(|c| c.status).then_some(())
+        })
     }
 
     /// One call, from a thread that is not tokio's.
@@ -113,10 +118,18 @@ impl Cri {
     /// # Errors
     /// CRI's message.
     pub fn run_pod(&self, config: v1::PodSandboxConfig) -> Result<Pod<'_>> {
+        self.run_pod_on("bridge", config)
+    }
+
+    /// RunPodSandbox, on one of the [networks](crate::containerd::handler).
+    ///
+    /// # Errors
+    /// CRI's message.
+    pub fn run_pod_on(&self, network: &str, config: v1::PodSandboxConfig) -> Result<Pod<'_>> {
         fs::create_dir_all(&config.log_directory)?;
         let request = v1::RunPodSandboxRequest {
             config: Some(config.clone()),
-            runtime_handler: self.handler.clone(),
+            runtime_handler: handler(self.runtime, network),
         };
         let id = self
             .call("RunPodSandbox", async |mut c| {
@@ -257,6 +270,43 @@ impl Pod<'_> {
             c.pod_sandbox_status(request).await
         })?;
         answer.status.context("a status without a status")
+    }
+
+    /// Its addresses, the primary one first.
+    ///
+    /// # Errors
+    /// CRI's message, or it has none.
+    pub fn ips(&self) -> Result<Vec<String>> {
+        let network = self.status()?.network.context("a pod without a network")?;
+        Ok(std::iter::once(network.ip)
+            .chain(network.additional_ips.into_iter().map(|ip| ip.ip))
+            .collect())
+    }
+
+    /// The path of its network namespace on the host.
+    ///
+    /// # Errors
+    /// CRI's message, or it does not tell.
+    pub fn netns(&self) -> Result<String> {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: true,
+        };
+        let answer = self.cri.call("PodSandboxStatus", async |mut c| {
+            c.pod_sandbox_status(request).await
+        })?;
+        let info: serde_json::Value =
+            serde_json::from_str(answer.info.get("info").context("no info")?)?;
+        let namespaces = info
+            .pointer("/runtimeSpec/linux/namespaces")
+            .and_then(|n| n.as_array());
+        let network = namespaces
+            .into_iter()
+            .flatten()
+            .find(|n| n["type"] == "network");
+        let path = network.and_then(|n| n["path"].as_str());
+        path.map(str::to_owned)
+            .with_context(|| format!("no network namespace in {info}"))
     }
 }
 

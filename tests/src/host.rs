@@ -1,10 +1,10 @@
 //! What husk has on the host at one moment, so that a test can compare before and after.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path, process::Command};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
-use crate::wait;
+use crate::{ctr, wait};
 
 /// Names of husk's processes, as the kernel cuts them (15 characters).
 const PROCESSES: [&str; 2] = ["containerd-shim", "husk-vmm"];
@@ -85,6 +85,16 @@ fn cgroups(dir: &Path, depth: u32, found: &mut BTreeSet<String>) {
             }
         }
     }
+}
+
+/// Runs a program of the host and gives what it printed.
+///
+/// # Errors
+/// It could not be started, or failed; with what it printed.
+pub fn run(command: &[&str]) -> Result<String> {
+    let (program, arguments) = command.split_first().context("no command")?;
+    let output = ctr::output(Command::new(program).args(arguments))?.ok()?;
+    Ok(output.text())
 }
 
 /// A process of the host.

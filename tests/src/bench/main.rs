@@ -21,6 +21,7 @@ use husk_tests::{
 
 mod files;
 mod memory;
+mod pods;
 mod table;
 
 use table::{Row, Table};
@@ -86,6 +87,8 @@ fn run(out: &Path) -> Result<()> {
     sizes(&bench, &mut table)?;
     eprintln!("measuring files");
     files::measure(&bench, &mut table)?;
+    eprintln!("measuring pods and their network");
+    pods::measure(&bench, &mut table)?;
     table.print();
     let path = out.join("bench.json");
     fs::write(&path, table.json()?).with_context(|| format!("writing {}", path.display()))

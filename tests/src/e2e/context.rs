@@ -50,15 +50,24 @@ impl Context {
     /// # Errors
     /// It did not come up.
     pub fn cri(&self) -> Result<&Cri> {
+        Ok(self.cri_and_containerd()?.1)
+    }
+
+    /// The same, and the containerd that serves it.
+    ///
+    /// # Errors
+    /// It did not come up.
+    pub fn cri_and_containerd(&self) -> Result<(&Containerd, &Cri)> {
         static STARTING: Mutex<()> = Mutex::new(());
         let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, cri)) = self.cri.get() {
-            return Ok(cri);
+        if let Some((containerd, cri)) = self.cri.get() {
+            return Ok((containerd, cri));
         }
         let containerd = Containerd::start_with_cri(Path::new("/run/husk-e2e-cri"), &self.bin)?;
         containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
         let cri = Cri::connect(&containerd, self.runtime)?;
-        Ok(&self.cri.get_or_init(|| (containerd, cri)).1)
+        let (containerd, cri) = self.cri.get_or_init(|| (containerd, cri));
+        Ok((containerd, cri))
     }
 
     /// The end of the log of CRI's containerd, where it has been started.
@@ -175,10 +184,12 @@ impl Drop for Detached<'_> {
 
 /// Hexadecimal SHA-256.
 pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect()
+    hex(&Sha256::digest(bytes))
+}
+
+/// Bytes as `sha256sum` writes them.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn make_rootfs(to: &Path) -> Result<()> {

@@ -21,11 +21,15 @@ mod exec;
 mod faults;
 mod io;
 mod isolation;
+mod kubelet;
 mod lifecycle;
 mod limits;
+mod net;
 mod oci;
 mod pods;
 mod run;
+mod sandbox_api;
+mod sharing;
 mod signals;
 mod task;
 mod terminal;
@@ -60,7 +64,7 @@ pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Tes
 }
 
 /// The suites. Those marked alone count what the whole host holds, so nothing runs beside them.
-const SUITES: [(&str, bool, &[Test]); 16] = [
+const SUITES: [(&str, bool, &[Test]); 22] = [
     ("run", false, run::TESTS),
     ("io", false, io::TESTS),
     ("terminal", false, terminal::TESTS),
@@ -71,6 +75,12 @@ const SUITES: [(&str, bool, &[Test]); 16] = [
     ("task", false, task::TESTS),
     ("oci", false, oci::TESTS),
     ("pods", false, pods::TESTS),
+    ("sharing", false, sharing::TESTS),
+    ("net", false, net::TESTS),
+    ("kubelet", false, kubelet::TESTS),
+    ("survival", true, kubelet::ALONE),
+    ("sandbox_api", false, sandbox_api::TESTS),
+    ("sandbox_alone", true, sandbox_api::ALONE),
     ("vm", false, vm::TESTS),
     // 32 vCPUs want the machine for themselves.
     ("vmm", true, vmm::TESTS),
