@@ -164,6 +164,32 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_is_kubernetes_where_the_engine_says_what_the_container_is() {
+        let of = |annotations: &[(&str, &str)]| {
+            let pairs = annotations
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+            let map: HashMap<_, _> = pairs.collect();
+            pod(&map).map(|(role, id)| (role, id.to_owned()))
+        };
+        let crio = |kind| {
+            [
+                ("io.kubernetes.cri-o.ContainerType", kind),
+                ("io.kubernetes.cri-o.SandboxID", "p"),
+            ]
+        };
+        assert_eq!(of(&crio("sandbox")), Some((Role::Sandbox, "p".to_owned())));
+        assert_eq!(of(&crio("container")), Some((Role::Member, "p".to_owned())));
+        assert_eq!(of(&crio("")), None);
+        let cri = [
+            ("io.kubernetes.cri.container-type", "container"),
+            ("io.kubernetes.cri.sandbox-id", "q"),
+        ];
+        assert_eq!(of(&cri), Some((Role::Member, "q".to_owned())));
+        assert_eq!(of(&[("io.containerd.runc.v2.group", "g")]), None);
+    }
+
+    #[test]
     fn a_bundle_with_without_and_with_a_broken_spec() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(Group::of_bundle(dir.path(), "me").unwrap().id, "me");

@@ -18,6 +18,7 @@ pub mod delete;
 pub mod error;
 pub mod events;
 pub mod group;
+pub mod idmap;
 pub mod info;
 pub mod input;
 pub mod lifecycle;

@@ -8,7 +8,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Component, Path, PathBuf},
 };
 
@@ -20,6 +20,8 @@ use rustix::{
     fs::CWD,
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
+
+use crate::idmap::IdMap;
 
 /// `mount(2)` takes one page of options, with its final NUL.
 const MAX_DATA: usize = 4095;
@@ -92,6 +94,8 @@ struct Options {
     /// Of a bind mount towards its source; a fresh file system has nobody to hear from.
     propagation: MsFlags,
     data: Vec<String>,
+    /// Whose the files are shown as, where not their owners'.
+    idmap: Option<IdMap>,
 }
 
 /// `Some((set, flag))` for an option that is a flag.
@@ -143,6 +147,13 @@ fn parse(request: &MountRequest) -> Result<Options, MountError> {
         flags: MsFlags::empty(),
         propagation: MsFlags::empty(),
         data: Vec::new(),
+        idmap: None,
+    };
+    let (mut uids, mut gids) = (None, None);
+    let unsupported = |option: &str| MountError::Option {
+        kind: request.kind.clone(),
+        source_path: request.source.clone(),
+        option: option.to_owned(),
     };
     if request.kind == "bind" {
         options.flags |= MsFlags::MS_BIND;
@@ -154,15 +165,21 @@ fn parse(request: &MountRequest) -> Result<Options, MountError> {
             options.flags.set(flag, set);
         } else if let Some(flag) = propagation(option) {
             options.propagation |= flag;
+        } else if let Some(ranges) = option.strip_prefix("uidmap=") {
+            uids = Some(ranges);
+        } else if let Some(ranges) = option.strip_prefix("gidmap=") {
+            gids = Some(ranges);
         } else if option == "loop" {
-            return Err(MountError::Option {
-                kind: request.kind.clone(),
-                source_path: request.source.clone(),
-                option: option.clone(),
-            });
+            return Err(unsupported(option));
         } else if option != "defaults" && !option.is_empty() {
             options.data.push(option.clone());
         }
+    }
+    if uids.is_some() || gids.is_some() {
+        let (uids, gids) = (uids.unwrap_or_default(), gids.unwrap_or_default());
+        let idmap = IdMap::parse(uids, gids);
+        let told = || unsupported(&format!("uidmap={uids},gidmap={gids}"));
+        options.idmap = Some(idmap.ok_or_else(told)?);
     }
     Ok(options)
 }
@@ -187,6 +204,17 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
             });
         }
         bind(&request.source, &target, &options).map_err(refused)?;
+    } else if let Some(idmap) = &options.idmap {
+        if request.kind != "overlay" {
+            return Err(MountError::Option {
+                kind: request.kind.clone(),
+                source_path: request.source.clone(),
+                option: "uidmap".into(),
+            });
+        }
+        let tree = idmap.overlay(&target, options.flags, &options.data);
+        tree.and_then(|tree| attach(&tree, &target))
+            .map_err(refused)?;
     } else {
         let length = options.data.join(",").len();
         if length <= MAX_DATA {
@@ -214,21 +242,22 @@ fn bind(source: &str, target: &Path, options: &Options) -> io::Result<()> {
     let tree = open_tree(CWD, source, clone)?;
     let (set, clear) = attributes(options.flags);
     if set != 0 {
-        set_attributes(tree.as_fd(), below, (set, clear), MsFlags::empty())?;
+        set_attributes(tree.as_fd(), below, (set, clear), MsFlags::empty(), None)?;
+    }
+    if let Some(idmap) = &options.idmap {
+        idmap.apply(tree.as_fd())?;
     }
     let kind = options.propagation - MsFlags::MS_REC;
     if !kind.is_empty() {
         let below = options.propagation.contains(MsFlags::MS_REC);
-        set_attributes(tree.as_fd(), below, (0, 0), kind)?;
+        set_attributes(tree.as_fd(), below, (0, 0), kind, None)?;
     }
-    move_mount(
-        &tree,
-        c"",
-        CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
-    Ok(())
+    attach(&tree, target)
+}
+
+fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    Ok(move_mount(tree, c"", CWD, target, flags)?)
 }
 
 /// Attributes to set and to clear for the flags of mount(2); those of a whole file system are not a bind mount's.
@@ -255,19 +284,21 @@ fn attributes(flags: MsFlags) -> (u64, u64) {
     (set | atime, libc::MOUNT_ATTR__ATIME)
 }
 
-/// Changes a mount that is not attached yet, with those below it if `below`.
+/// Changes a mount that is not attached yet, with those below it if `below`. `userns` comes with `MOUNT_ATTR_IDMAP`.
 #[allow(unsafe_code, reason = "neither nix nor rustix has mount_setattr(2)")]
-fn set_attributes(
+pub(crate) fn set_attributes(
     tree: BorrowedFd<'_>,
     below: bool,
     (attr_set, attr_clr): (u64, u64),
     propagation: MsFlags,
+    userns: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
+    let userns = userns.map_or(0, |fd| fd.as_raw_fd());
     let attributes = libc::mount_attr {
         attr_set,
         attr_clr,
         propagation: propagation.bits(),
-        userns_fd: 0,
+        userns_fd: u64::try_from(userns).unwrap_or(0),
     };
     let recursive = if below { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the kernel reads an empty string with its NUL and a mount_attr of the size given, both alive during the call,

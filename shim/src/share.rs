@@ -196,7 +196,7 @@ impl Share {
             if kind.file_type().is_socket() {
                 warn!(source = %bound.source.display(), "a socket of the host is mounted: the guest sees it but cannot connect through a VM's border");
             }
-            let mut options = Vec::new();
+            let mut options: Vec<&str> = bound.id_maps.iter().map(String::as_str).collect();
             if bound.read_only {
                 options.push("ro");
             }
@@ -428,6 +428,55 @@ mod tests {
             assert_eq!(share.add("c", &[], &spec).unwrap().mounts.len(), 4);
             share.remove("c");
             assert_eq!(fs::read_dir(&share.root).unwrap().count(), 0);
+        });
+    }
+
+    /// HostToContainer, and None.
+    #[test]
+    fn what_the_host_mounts_later_follows_where_it_is_wanted() {
+        published(|dir, share| {
+            let (host, data) = (dir.join("host"), dir.join("data"));
+            for made in [&dir.join("bundle/rootfs"), &host.join("late"), &data] {
+                fs::create_dir_all(made).unwrap();
+            }
+            let bind = |from: &Path, to: &Path| {
+                mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            };
+            let change = |at: &Path, flags| {
+                mount(None::<&str>, at, None::<&str>, flags, None::<&str>).unwrap()
+            };
+            // A shared mount of the host's, and how the shim's mount namespace has it.
+            bind(&host, &host).unwrap();
+            change(&host, MsFlags::MS_PRIVATE);
+            change(&host, MsFlags::MS_SHARED);
+            bind(&host, &data).unwrap();
+            change(&data, MsFlags::MS_SLAVE);
+            let wanted = |options: &[&str]| json!({"destination": "/x", "type": "bind", "source": &data, "options": options});
+            let spec = spec(
+                &dir.join("bundle"),
+                json!({"ociVersion": "1", "root": {"path": "rootfs"},
+                    "mounts": [wanted(&["rbind", "rslave", "rw"]), wanted(&["rbind", "rprivate", "rw"])]}),
+            );
+            share.add("c", &[], &spec).unwrap();
+            let tmpfs = Some("tmpfs");
+            mount(
+                tmpfs,
+                &host.join("late"),
+                tmpfs,
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .unwrap();
+            fs::write(host.join("late/file"), "").unwrap();
+            let seen = |n: u8| {
+                share
+                    .served
+                    .join(format!("c/mounts/{n}/late/file"))
+                    .exists()
+            };
+            assert_eq!((seen(0), seen(1)), (true, false));
+            share.remove("c");
+            assert!(host.join("late/file").exists());
         });
     }
 

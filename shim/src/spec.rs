@@ -10,17 +10,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use mounts::BindMount;
 pub use pod::{DEFAULT_SHM_SIZE, NotInVm, PodSettings};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
-use self::pod::PodShm;
+use self::{mounts::Mount, pod::PodShm};
 use crate::{
     group::Role,
     sizing::{self, Hints},
 };
 
+mod mounts;
 mod pod;
 
 /// Name of the spec in a bundle.
@@ -97,16 +99,6 @@ struct Root {
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-struct Mount {
-    destination: String,
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    source: Option<PathBuf>,
-    options: Option<Vec<String>>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct Linux {
     cgroups_path: Option<PathBuf>,
@@ -143,21 +135,6 @@ struct Cpu {
     quota: Option<i64>,
     period: Option<u64>,
     cpus: Option<String>,
-}
-
-/// A bind mount of the spec whose source is on this host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BindMount {
-    /// Its place in the spec's list.
-    pub index: usize,
-    /// Absolute path on the host.
-    pub source: PathBuf,
-    /// Mount points below the source come along (`rbind`).
-    pub recursive: bool,
-    /// The container may only read it.
-    pub read_only: bool,
-    /// What the host mounts below the source later does not follow.
-    pub private: bool,
 }
 
 /// The network that a spec asks for.
@@ -288,51 +265,6 @@ impl BundleSpec {
         Hints::from_annotations(&self.annotations()).unwrap_or(own)
     }
 
-    /// Bind mounts whose source lies on this host and must be shared. Those of the kernel's own trees are not among
-    /// them, nor is the pod's `/dev/shm`: in the guest they mean the guest's.
-    pub fn bind_mounts(&self) -> Vec<BindMount> {
-        let mounts = self.read.mounts.as_deref().unwrap_or_default();
-        let mut binds = Vec::new();
-        for (index, mount) in mounts.iter().enumerate() {
-            let Some(recursive) = mount.bind_kind() else {
-                continue;
-            };
-            if self.pod_shm.is_some_and(|shm| shm.index == index) {
-                continue;
-            }
-            let source = self
-                .bundle
-                .join(mount.source.as_deref().unwrap_or(Path::new("")));
-            if is_kernel_tree(&source) {
-                info!(source = %source.display(), "a bind mount of the kernel's own tree: the container gets the guest's");
-                continue;
-            }
-            let read_only = mount.is_read_only();
-            let private = mount.is_private();
-            if read_only && private == Some(false) {
-                info!(source = %source.display(), "a read-only bind mount: what the host mounts below it later does not follow");
-            }
-            binds.push(BindMount {
-                index,
-                source,
-                recursive,
-                read_only,
-                // A later mount would come writable.
-                private: read_only || private == Some(true),
-            });
-        }
-        binds
-    }
-
-    /// Where the n-th mount goes in the container, for messages.
-    pub fn mount_destination(&self, index: usize) -> String {
-        let mounts = self.read.mounts.as_deref().unwrap_or_default();
-        mounts
-            .get(index)
-            .map(|mount| mount.destination.clone())
-            .unwrap_or_default()
-    }
-
     /// The spec as the agent gets it. `pause` is the pod's sandbox container, where the guest has one.
     ///
     /// # Errors
@@ -353,6 +285,9 @@ impl BundleSpec {
                 if let (Some(path), Some(mount)) = (paths.mounts.get(&index), mount.as_object_mut())
                 {
                     mount.insert("source".into(), json!(path));
+                    // The share has done it.
+                    mount.remove("uidMappings");
+                    mount.remove("gidMappings");
                 }
             }
         }
@@ -378,55 +313,6 @@ impl BundleSpec {
             joins: joins.unwrap_or_default().to_owned(),
         })
     }
-}
-
-impl Mount {
-    /// `Some(recursive)` for a bind mount.
-    fn bind_kind(&self) -> Option<bool> {
-        let kind = self.kind.as_deref().unwrap_or_default();
-        let has = |name: &str| kind == name || self.options.iter().flatten().any(|o| o == name);
-        (has("bind") || has("rbind")).then(|| has("rbind"))
-    }
-
-    /// The last word counts, as with `mount(8)`.
-    fn is_read_only(&self) -> bool {
-        let said = self
-            .options
-            .iter()
-            .flatten()
-            .rfind(|o| matches!(o.as_str(), "ro" | "rro" | "rw" | "rrw"));
-        said.is_some_and(|o| o.ends_with("ro"))
-    }
-
-    /// `None` where the spec does not say.
-    fn is_private(&self) -> Option<bool> {
-        self.propagation()
-            .map(|kind| matches!(kind, "private" | "unbindable"))
-    }
-
-    /// Whether what the container mounts there is to appear on the host.
-    fn spreads_to_host(&self) -> bool {
-        let of_host = |source: &PathBuf| !is_kernel_tree(source);
-        self.bind_kind().is_some()
-            && self.propagation() == Some("shared")
-            && self.source.as_ref().is_some_and(of_host)
-    }
-
-    /// Without the `r`; the last one counts.
-    fn propagation(&self) -> Option<&str> {
-        let options = self.options.iter().flatten();
-        let kinds = options.map(|o| o.strip_prefix('r').unwrap_or(o));
-        kinds
-            .rev()
-            .find(|o| matches!(*o, "private" | "slave" | "shared" | "unbindable"))
-    }
-}
-
-/// Trees that every kernel makes for itself. A host's device node, process or cgroup has no meaning in the guest.
-fn is_kernel_tree(source: &Path) -> bool {
-    ["/dev", "/proc", "/sys"]
-        .iter()
-        .any(|tree| source.starts_with(tree))
 }
 
 /// Makes a process object (the spec's, or an exec's) fit for the guest.

@@ -443,6 +443,28 @@ mod pods {
     }
 
     #[test]
+    fn the_files_of_a_user_namespace_are_mapped_on_the_host() {
+        let mut json = member(NO_SHM.as_ref());
+        let range = |host: u32| json!({"containerID": 0, "hostID": host, "size": 1000});
+        json["mounts"][0] = json!({
+            "destination": "/data", "type": "bind", "source": "/data", "options": ["rbind"],
+            "uidMappings": [range(65536)], "gidMappings": [range(65536), range(9)],
+        });
+        let parsed = spec(json);
+        let maps = ["uidmap=0:65536:1000", "gidmap=0:65536:1000,0:9:1000"];
+        assert_eq!(parsed.bind_mounts()[0].id_maps, maps);
+        let paths = GuestPaths {
+            mounts: HashMap::from([(0, "/share/0".into())]),
+            ..GuestPaths::default()
+        };
+        let mount = json!({"destination": "/data", "type": "bind", "source": "/share/0", "options": ["rbind"]});
+        assert_eq!(
+            parsed.for_guest(&paths, 1, None).unwrap().spec["mounts"][0],
+            mount
+        );
+    }
+
+    #[test]
     fn a_volume_at_dev_shm_is_a_volume() {
         with_tmpfs("pods/uid/volumes/kubernetes.io~empty-dir/shm", |shm| {
             let member = spec(member(shm));

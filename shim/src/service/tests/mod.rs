@@ -7,9 +7,9 @@ use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
     api::{
-        CheckpointTaskRequest, CloseIORequest, ConnectRequest, DeleteRequest, ExecProcessRequest,
-        KillRequest, PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest, StartRequest,
-        StateRequest, Status, UpdateTaskRequest, WaitRequest,
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, CreateTaskRequest, DeleteRequest,
+        ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest,
+        StartRequest, StateRequest, Status, UpdateTaskRequest, WaitRequest,
     },
     protobuf::{Message as _, well_known_types::any::Any},
     shim::oci::ProcessDetails,
@@ -535,6 +535,33 @@ async fn a_container_that_the_guest_is_creating_can_be_deleted() {
     w.guest.deaf.send_replace(false);
     w.shutdown().await;
     assert!(w.is_shut_down().await);
+}
+
+/// shareProcessNamespace: the path holds the pid of every task, so it is the pod that says whose namespace is meant.
+#[tokio::test]
+async fn a_member_of_the_pod_joins_the_sandbox_container() {
+    let w = World::new().await;
+    let bundle = w.bundle().join("../member");
+    std::fs::create_dir(&bundle).unwrap();
+    let namespaces = [("ipc", 1), ("pid", VMM_PID)].map(
+        |(typ, pid)| serde_json::json!({"type": typ, "path": format!("/proc/{pid}/ns/{typ}")}),
+    );
+    let spec = serde_json::json!({
+        "ociVersion": "1.2.0", "root": {"path": w.bundle().join("../rootfs")}, "linux": {"namespaces": namespaces},
+        "annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "c"},
+    });
+    std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+    let create = async || {
+        let request = CreateTaskRequest {
+            id: "d".into(),
+            bundle: bundle.display().to_string(),
+            ..Default::default()
+        };
+        w.service.create(&context(), request).await
+    };
+    w.create().await.unwrap();
+    create().await.unwrap();
+    w.called("create d joining c").await;
 }
 
 #[tokio::test]

@@ -143,9 +143,11 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> ttrpc::Result<CreateContainerResponse> {
-        self.0
-            .called(format!("create {}", request.container_id))
-            .await;
+        let mut call = format!("create {}", request.container_id);
+        if !request.joins.is_empty() {
+            call = format!("{call} joining {}", request.joins);
+        }
+        self.0.called(call).await;
         Ok(CreateContainerResponse::new())
     }
     async fn start_container(

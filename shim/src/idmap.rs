@@ -1,0 +1,316 @@
+//! Mounts whose owners are shifted: what a pod with a user namespace (`hostUsers: false`) has as its files.
+//!
+//! A file that belongs to user 0 on the disk is to belong to the pod's user 0, who is somebody like 65536 to the guest and to the host,
+//! whose file server acts for him by that number. So the mapping is made here, on the host, where the kernel knows the file system
+//! (virtio-fs cannot be mapped in the guest): containerd asks for it by the options `uidmap=` and `gidmap=` of a root file system, as
+//! its own mount code reads them, and by the mappings of a bind mount in the spec. The kernel takes the mapping in the form of a user namespace.
+
+#![allow(unsafe_code, reason = "clone(2) of a process that only waits")]
+
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    sys::{
+        signal::{Signal, kill},
+        wait::waitpid,
+    },
+    unistd::{Pid, chdir},
+};
+use rustix::{
+    fs::CWD,
+    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
+};
+
+use crate::mount::set_attributes;
+
+/// The ids that a mount's are shown as.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct IdMap {
+    /// As `uid_map` of proc(5) has it.
+    uids: String,
+    /// As `gid_map`.
+    gids: String,
+}
+
+impl IdMap {
+    /// Reads the values of `uidmap=` and `gidmap=`: ranges `first:shown as:length`, separated by commas. `None` where one is none.
+    pub fn parse(uids: &str, gids: &str) -> Option<Self> {
+        Some(Self {
+            uids: lines(uids)?,
+            gids: lines(gids)?,
+        })
+    }
+
+    /// Maps a mount that is not attached yet.
+    ///
+    /// # Errors
+    /// When the kernel does not take the map, or the file system cannot be mapped.
+    pub fn apply(&self, tree: BorrowedFd<'_>) -> io::Result<()> {
+        map(tree, self.user_namespace()?.as_fd())
+    }
+
+    /// Mounts an overlay whose lower layers are mapped, as it cannot be mapped itself, and returns the mount, not attached yet. `data`: its
+    /// options. The mapped layers are mounted in a mount namespace that ends with this call; the overlay has copies.
+    ///
+    /// # Errors
+    /// What the kernel refuses. Nothing stays then.
+    pub fn overlay(&self, target: &Path, flags: MsFlags, data: &[String]) -> io::Result<OwnedFd> {
+        let namespace = self.user_namespace()?;
+        let build = || {
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+            let layers = lower_layers(data)
+                .iter()
+                .map(|layer| {
+                    let tree = clone(layer)?;
+                    map(tree.as_fd(), namespace.as_fd())?;
+                    Ok(tree)
+                })
+                .collect::<io::Result<Vec<_>>>()?;
+            // Short names for them; nobody else sees this tmpfs.
+            mount(
+                Some("tmpfs"),
+                target,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                None::<&str>,
+            )?;
+            chdir(target)?;
+            let mut names = Vec::new();
+            for (number, layer) in layers.iter().enumerate() {
+                let name = number.to_string();
+                fs::create_dir(&name)?;
+                move_mount(
+                    layer,
+                    c"",
+                    CWD,
+                    &name,
+                    MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+                )?;
+                names.push(name);
+            }
+            let others = data.iter().filter(|option| !option.starts_with(LOWER));
+            let mut data: Vec<String> = others.cloned().collect();
+            data.push(format!("{LOWER}{}", names.join(":")));
+            fs::create_dir("overlay")?;
+            let data = data.join(",");
+            mount(
+                Some("overlay"),
+                "overlay",
+                Some("overlay"),
+                flags,
+                Some(data.as_str()),
+            )?;
+            clone("overlay")
+        };
+        // A thread of its own: it gives up the mount namespace and the working directory of the others.
+        std::thread::scope(|scope| {
+            let built = scope.spawn(build).join();
+            built.unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+        })
+    }
+
+    /// A user namespace with this map. It takes a process to make one: a copy of this that does nothing, and is gone on return.
+    fn user_namespace(&self) -> io::Result<OwnedFd> {
+        let holder = Holder::start()?;
+        let file = |name: &str| format!("/proc/{}/{name}", holder.0);
+        fs::write(file("uid_map"), &self.uids)?;
+        fs::write(file("gid_map"), &self.gids)?;
+        Ok(fs::File::open(file("ns/user"))?.into())
+    }
+}
+
+/// As prctl(2) takes it.
+const KILL: libc::c_ulong = libc::SIGKILL as libc::c_ulong;
+
+/// The option that lists an overlay's lower layers.
+const LOWER: &str = "lowerdir=";
+
+fn lower_layers(data: &[String]) -> Vec<&str> {
+    let lists = data.iter().filter_map(|option| option.strip_prefix(LOWER));
+    lists.flat_map(|list| list.split(':')).collect()
+}
+
+fn clone(path: &str) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    Ok(open_tree(CWD, path, flags)?)
+}
+
+fn map(tree: BorrowedFd<'_>, namespace: BorrowedFd<'_>) -> io::Result<()> {
+    set_attributes(
+        tree,
+        false,
+        (libc::MOUNT_ATTR_IDMAP, 0),
+        MsFlags::empty(),
+        Some(namespace),
+    )
+}
+
+/// `0:65536:1000` as a line of a map file.
+fn lines(ranges: &str) -> Option<String> {
+    let line = |range: &str| {
+        let numbers: Vec<u32> = range
+            .split(':')
+            .map(|n| n.parse().ok())
+            .collect::<Option<_>>()?;
+        match *numbers {
+            [first, shown, length] => Some(format!("{first} {shown} {length}\n")),
+            _ => None,
+        }
+    };
+    ranges.split(',').map(line).collect()
+}
+
+/// A process in a user namespace of its own. It ends with this.
+struct Holder(Pid);
+
+impl Holder {
+    fn start() -> io::Result<Self> {
+        let flags = libc::CLONE_NEWUSER | libc::SIGCHLD;
+        let nothing = std::ptr::null::<libc::c_void>();
+        // SAFETY: without CLONE_VM and with no stack given this is fork(2): the child goes on with a copy of everything. It makes
+        // system calls that need no lock which another thread may have held, and no other thing, until it is killed.
+        let pid =
+            unsafe { libc::syscall(libc::SYS_clone, flags, nothing, nothing, nothing, nothing) };
+        match i32::try_from(pid) {
+            Ok(0) => loop {
+                // SAFETY: both calls take and return plain numbers.
+                unsafe {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, KILL);
+                    libc::pause();
+                }
+            },
+            Ok(pid) if pid > 0 => Ok(Self(Pid::from_raw(pid))),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // It is ours, and not reaped yet: the pid is no other's.
+        let _ = kill(self.0, Signal::SIGKILL);
+        let _ = waitpid(self.0, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt as _, chown};
+
+    use super::*;
+    use crate::{
+        cleanup,
+        mount::{MountRequest, apply},
+    };
+
+    const MAPS: [&str; 2] = ["uidmap=0:65536:1000", "gidmap=0:65536:500,500:7000:1"];
+
+    #[test]
+    fn ranges_become_lines() {
+        assert_eq!(lines("0:65536:1000").unwrap(), "0 65536 1000\n");
+        assert_eq!(lines("0:1:2,3:4:5").unwrap(), "0 1 2\n3 4 5\n");
+        for bad in [
+            "",
+            "0",
+            "0:1",
+            "0:1:2:3",
+            "a:1:2",
+            "0:1:2,",
+            "-1:0:1",
+            "0:1:4294967296",
+        ] {
+            assert_eq!(lines(bad), None, "{bad:?}");
+        }
+    }
+
+    /// In a mount namespace of its own, on a tmpfs, which can be mapped. Needs root, as husk does.
+    fn on_tmpfs(test: impl FnOnce(&Path) + Send) {
+        let run = || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let tmpfs = Some("tmpfs");
+            mount(tmpfs, dir.path(), tmpfs, MsFlags::empty(), None::<&str>).unwrap();
+            test(dir.path());
+            cleanup::unmount_below(dir.path()).unwrap();
+        };
+        std::thread::scope(|scope| scope.spawn(run).join().unwrap());
+    }
+
+    fn owner(path: &Path) -> (u32, u32) {
+        let of = fs::symlink_metadata(path).unwrap();
+        (of.uid(), of.gid())
+    }
+
+    fn request(kind: &str, source: &Path, options: &[String]) -> MountRequest {
+        let maps = MAPS.map(str::to_owned);
+        MountRequest {
+            kind: kind.into(),
+            source: source.display().to_string(),
+            options: options.iter().cloned().chain(maps).collect(),
+            ..MountRequest::default()
+        }
+    }
+
+    #[test]
+    fn a_bind_mount_shows_other_owners() {
+        on_tmpfs(|dir| {
+            let (data, shown) = (dir.join("data"), dir.join("shown"));
+            fs::create_dir(&data).unwrap();
+            fs::create_dir(&shown).unwrap();
+            chown(&data, Some(7), Some(500)).unwrap();
+            apply(&request("bind", &data, &["rbind".into()]), &shown).unwrap();
+            assert_eq!(owner(&shown), (65543, 7000));
+            // The host's root is nobody there.
+            fs::write(shown.join("file"), "").unwrap_err();
+            let mut bad = request("bind", &data, &["uidmap=0:x:1".into()]);
+            bad.options.retain(|option| option != MAPS[0]);
+            let error = apply(&bad, &shown).unwrap_err().to_string();
+            assert!(error.contains("uidmap=0:x:1"), "{error}");
+        });
+    }
+
+    #[test]
+    fn an_overlay_shows_its_layers_with_other_owners() {
+        on_tmpfs(|dir| {
+            for name in ["a", "b", "upper", "work", "shown"] {
+                fs::create_dir(dir.join(name)).unwrap();
+            }
+            fs::write(dir.join("a/root"), "").unwrap();
+            fs::write(dir.join("b/five"), "").unwrap();
+            chown(dir.join("b/five"), Some(5), Some(5)).unwrap();
+            let at = |name: &str| dir.join(name).display().to_string();
+            let options = [
+                format!("lowerdir={}:{}", at("a"), at("b")),
+                format!("upperdir={}", at("upper")),
+                format!("workdir={}", at("work")),
+            ];
+            let shown = dir.join("shown");
+            apply(&request("overlay", Path::new("overlay"), &options), &shown).unwrap();
+            assert_eq!(owner(&shown.join("root")), (65536, 65536));
+            assert_eq!(owner(&shown.join("five")), (65541, 65541));
+            fs::write(shown.join("root"), "changed").unwrap();
+            assert_eq!(owner(&dir.join("upper/root")), (65536, 65536));
+            assert_eq!(owner(&dir.join("a/root")), (0, 0));
+            // Of the layers' mounts nothing is left: the tmpfs of this test, and the overlay.
+            let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+            assert_eq!(
+                points
+                    .filter(|point| Path::new(point).starts_with(dir))
+                    .count(),
+                2,
+                "{mounts}"
+            );
+        });
+    }
+}
