@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::config::Config;
 use crate::events::Publisher;
+use crate::pod::Keeper;
 use crate::state::PodDir;
 
 /// Handed to `service::serve` by the daemon, together with the listening socket.
@@ -13,8 +14,10 @@ pub struct ShimContext {
     pub namespace: String,
     /// Id of the pod: the group all its containers share; the container's own where it has no pod.
     pub sandbox_id: String,
-    /// The bundle of the container that the shim was started for, absolute; the pod's sandbox container where there is one.
+    /// The bundle of the container that the shim was started for, absolute; the pod's sandbox (container) where there is one.
     pub bundle: PathBuf,
+    /// Who brings the pod up.
+    pub keeper: Keeper,
     /// Where events go.
     pub publisher: Publisher,
     /// Settings of the node (see `deploy/config.toml`).

@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::context::ShimContext;
 use crate::delete;
 use crate::events::Publisher;
+use crate::pod::Keeper;
 use crate::state::{self, PodDir, PodState, ProcessId};
 use crate::{log, service, share};
 
@@ -125,10 +126,12 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir)> {
 async fn serve(args: &Args, config: Config, pod: PodDir, listener: UnixListener) {
     let ttrpc_address = std::env::var(TTRPC_ADDRESS).ok().filter(|a| !a.is_empty());
     let publisher = Publisher::new(ttrpc_address.as_deref(), &args.namespace);
+    let bundle = args.bundle.clone().unwrap_or_default();
     let context = ShimContext {
         namespace: args.namespace.clone(),
         sandbox_id: args.group.clone(),
-        bundle: args.bundle.clone().unwrap_or_default(),
+        keeper: Keeper::of_bundle(&bundle),
+        bundle,
         publisher: publisher.clone(),
         config,
         pod,

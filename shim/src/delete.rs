@@ -19,6 +19,7 @@ use crate::bootstrap;
 use crate::cgroup;
 use crate::cleanup;
 use crate::config::Config;
+use crate::group::Group;
 use crate::socket;
 use crate::state::{self, PodDir, PodState, ProcessId};
 
@@ -85,7 +86,8 @@ pub fn delete(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The pod of this container: by the bundle's link, by its own id, or by who lists it.
+/// The pod of this container: by the bundle's link, by its own id, by the pod that its spec names (a container is made without any `start`
+/// in a pod that containerd knows), or by who lists it.
 fn find_pod(args: &Args, bundle: Option<&Path>) -> Option<PodDir> {
     if let Some(pod) = bundle.and_then(PodDir::of_bundle) {
         return Some(pod);
@@ -101,9 +103,13 @@ fn find_pod(args: &Args, bundle: Option<&Path>) -> Option<PodDir> {
             || bootstrap::is_own(&state.socket, &socket)
     };
     let own = PodDir::new(&state_dir, &args.namespace, &args.id).ok()?;
-    if own.path().exists() {
-        let is_own = own.load().is_none_or(|state| is_own(&own, &state));
-        return is_own.then_some(own);
+    let group = bundle.and_then(|bundle| Group::of_bundle(bundle, &args.id).ok());
+    let named = group.and_then(|g| PodDir::new(&state_dir, &args.namespace, &g.id).ok());
+    for pod in [Some(own.clone()), named].into_iter().flatten() {
+        if pod.path().exists() {
+            let is_own = pod.load().is_none_or(|state| is_own(&pod, &state));
+            return is_own.then_some(pod);
+        }
     }
     own.siblings().into_iter().find(|pod| {
         pod.load()

@@ -9,6 +9,8 @@ use crate::agent::Agent;
 /// One pod's VM. It moves down this list and never back.
 #[derive(Clone)]
 pub enum Phase {
+    /// Nobody has asked for the VM yet.
+    Idle,
     /// The VM is being started.
     Starting,
     /// The agent serves.
@@ -26,10 +28,11 @@ impl Phase {
     /// How far down the list.
     fn rank(&self) -> u8 {
         match self {
-            Self::Starting => 0,
-            Self::Running(_) => 1,
-            Self::Stopping => 2,
-            Self::Gone { .. } => 3,
+            Self::Idle => 0,
+            Self::Starting => 1,
+            Self::Running(_) => 2,
+            Self::Stopping => 3,
+            Self::Gone { .. } => 4,
         }
     }
 }
@@ -40,20 +43,27 @@ pub struct PhaseSender(Arc<watch::Sender<Phase>>);
 
 impl Default for PhaseSender {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(Phase::Starting)))
+        Self(Arc::new(watch::Sender::new(Phase::Idle)))
     }
 }
 
 impl PhaseSender {
     /// Moves on to `next`; a move back (an agent that reports when the pod is already being stopped) is refused. Returns whether it was made.
     pub fn advance(&self, next: Phase) -> bool {
+        self.leave_for(next).is_some()
+    }
+
+    /// [`Self::advance`] that tells which state was left; `None` where the move was refused.
+    pub fn leave_for(&self, next: Phase) -> Option<Phase> {
+        let mut left = None;
         self.0.send_if_modified(|state| {
             let forward = next.rank() > state.rank();
             if forward {
-                *state = next;
+                left = Some(std::mem::replace(state, next));
             }
             forward
-        })
+        });
+        left
     }
 
     /// Sees the state.
@@ -92,7 +102,7 @@ impl PhaseWatch {
     pub async fn agent(&self) -> Result<Agent, Arc<str>> {
         let mut watch = self.0.clone();
         let seen = watch
-            .wait_for(|state| !matches!(state, Phase::Starting))
+            .wait_for(|state| !matches!(state, Phase::Idle | Phase::Starting))
             .await;
         match seen.as_deref() {
             Ok(Phase::Running(agent)) => Ok(agent.clone()),
@@ -110,6 +120,10 @@ mod tests {
     async fn a_pod_never_comes_back() {
         let sender = PhaseSender::default();
         let watch = sender.watch();
+        assert!(matches!(
+            sender.leave_for(Phase::Starting),
+            Some(Phase::Idle)
+        ));
         assert!(sender.advance(Phase::Stopping));
         assert!(!sender.advance(Phase::Starting));
         assert!(watch.agent().await.is_err());

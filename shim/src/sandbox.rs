@@ -7,7 +7,7 @@
 
 use std::{
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
 };
@@ -33,9 +33,9 @@ use crate::{
     error::{TaskError, chain},
     network::{self, Network, late::Late, model::Found},
     phase::{Phase, PhaseSender, PhaseWatch},
+    pod::{PodSource, PodSpec},
     share::Share,
     sizing::{self, Bounds, Size},
-    spec::{BundleSpec, PodSettings},
     state::{PodDir, ProcessId},
     streams::{self, Streams},
     timing::{Moment, Point, Timeline},
@@ -60,10 +60,10 @@ pub struct Sandbox {
     id: String,
     /// containerd's namespace.
     namespace: String,
-    bundle: PathBuf,
     config: Config,
     pod: PodDir,
     share: Share,
+    driver: Arc<dyn Driver>,
     streams: Streams,
     phase: PhaseSender,
     machine: OnceLock<Arc<dyn Machine>>,
@@ -71,7 +71,6 @@ pub struct Sandbox {
     network: OnceLock<Arc<Network>>,
     /// Whoever looks for a network that was not there at the start.
     late: OnceLock<Late>,
-    settings: OnceLock<PodSettings>,
     /// Why the shim itself ended the VM, where it did.
     doom: OnceLock<String>,
     /// The start is over, whatever came of it: it makes nothing on the host any more.
@@ -80,22 +79,21 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Starts the pod's VM in the background. Its state tells how that goes. Must be called within a tokio runtime.
-    pub fn start(context: &ShimContext, share: Share, driver: Arc<dyn Driver>) -> Arc<Self> {
+    /// A pod whose VM nobody has asked for yet.
+    pub fn new(context: &ShimContext, share: Share, driver: Arc<dyn Driver>) -> Arc<Self> {
         let sandbox = Arc::new(Self {
             id: context.sandbox_id.clone(),
             namespace: context.namespace.clone(),
-            bundle: context.bundle.clone(),
             config: context.config.clone(),
             pod: context.pod.clone(),
             share,
+            driver,
             streams: Streams::default(),
             phase: PhaseSender::default(),
             machine: OnceLock::new(),
             size: OnceLock::new(),
             network: OnceLock::new(),
             late: OnceLock::new(),
-            settings: OnceLock::new(),
             doom: OnceLock::new(),
             settled: watch::Sender::new(false),
             timeline: Timeline::default(),
@@ -103,10 +101,17 @@ impl Sandbox {
         sandbox
             .timeline
             .mark_at(Point::ShimStarted, Moment::shim_start());
-        let starting = Arc::clone(&sandbox);
-        let span = info_span!("sandbox", pod = sandbox.id);
-        tokio::spawn(async move { starting.bring_up(driver).await }.instrument(span));
         sandbox
+    }
+
+    /// Starts the VM in the background, the first time; its state tells how that goes. Must be called within a tokio runtime.
+    pub fn start(self: &Arc<Self>, source: PodSource) {
+        if !self.phase.advance(Phase::Starting) {
+            return;
+        }
+        let starting = Arc::clone(self);
+        let span = info_span!("sandbox", pod = self.id);
+        tokio::spawn(async move { starting.bring_up(source).await }.instrument(span));
     }
 
     /// Its state.
@@ -129,6 +134,11 @@ impl Sandbox {
         &self.timeline
     }
 
+    /// The VM's size, once it is known.
+    pub fn size(&self) -> Option<Size> {
+        self.size.get().copied()
+    }
+
     /// vCPUs of the VM; those of the configuration before it is known.
     pub fn vcpus(&self) -> u8 {
         self.size
@@ -143,8 +153,8 @@ impl Sandbox {
             .map_or_else(std::process::id, |machine| machine.pid())
     }
 
-    async fn bring_up(self: Arc<Self>, driver: Arc<dyn Driver>) {
-        match self.boot(driver).await {
+    async fn bring_up(self: Arc<Self>, source: PodSource) {
+        match self.boot(source).await {
             Ok(agent) => {
                 if !self.phase.advance(Phase::Running(agent)) {
                     debug!("the guest is ready, but the pod is being stopped already");
@@ -166,13 +176,13 @@ impl Sandbox {
     }
 
     /// The start, top to bottom.
-    async fn boot(self: &Arc<Self>, driver: Arc<dyn Driver>) -> Result<Agent, VmError> {
+    async fn boot(self: &Arc<Self>, source: PodSource) -> Result<Agent, VmError> {
         self.timeline.mark(Point::VmRequested);
         let share_root = self.share.open_root().map_err(|source| VmError::Host {
             doing: "open the pod's share",
             source,
         })?;
-        let spawned = driver.spawn(share_root)?;
+        let spawned = self.driver.spawn(share_root)?;
         let machine = Arc::clone(&spawned.machine);
         // Nobody else sets it.
         let _ = self.machine.set(Arc::clone(&machine));
@@ -180,10 +190,10 @@ impl Sandbox {
         let (agent_sender, agent_connection) = oneshot::channel();
         tokio::spawn(Arc::clone(self).dispatch(spawned.connections, agent_sender));
 
-        let (spec, network) = self.read_spec(machine.pid()).await?;
+        let (pod, network) = self.describe(machine.pid(), source).await?;
         let _ = self.network.set(Arc::clone(&network));
         // Both to their ends, whatever becomes of the other: a start that is over makes nothing any more.
-        let (plan, found) = join!(self.plan(machine.pid(), spec), network.scan(network::LIMIT));
+        let (plan, found) = join!(self.plan(machine.pid(), &pod), network.scan(network::LIMIT));
         let (mut plan, found) = (plan?, found?);
         let vcpus = plan.size.vcpus;
         plan.nics = network.nics(&found, vcpus);
@@ -215,7 +225,7 @@ impl Sandbox {
         self.timeline.mark(Point::AgentConnected);
         let agent = Agent::new(stream, self.phase.watch());
         let guest = agent
-            .create_sandbox(&self.sandbox_request(&found)?)
+            .create_sandbox(&self.sandbox_request(pod, &found)?)
             .instrument(info_span!("create_sandbox"))
             .await
             .map_err(|e| VmError::Other(format!("the guest cannot be set up: {}", e.message())))?;
@@ -261,31 +271,36 @@ impl Sandbox {
         Ok(connection)
     }
 
-    /// Reads the spec, and which network it means.
-    async fn read_spec(&self, vmm: u32) -> Result<(BundleSpec, Arc<Network>), VmError> {
-        let (bundle, id) = (self.bundle.clone(), self.id.clone());
+    /// Reads what the pod is, and which network it means.
+    async fn describe(
+        &self,
+        vmm: u32,
+        source: PodSource,
+    ) -> Result<(PodSpec, Arc<Network>), VmError> {
+        let id = self.id.clone();
         let of_task =
             network::fills_new_namespace(&self.namespace).then(|| format!("/proc/{vmm}/ns/net"));
         let read = tokio::task::spawn_blocking(move || {
-            let spec = BundleSpec::load(&bundle).map_err(|e| VmError::Other(chain(&e)))?;
+            let pod = source.load().map_err(|e| VmError::Other(chain(&e)))?;
             let of_task = of_task.as_deref().map(Path::new);
-            let network = Network::of_spec(&spec, &id, of_task)?;
-            Ok((spec, Arc::new(network)))
+            let network = Network::of_pod(&pod, &id, of_task)?;
+            Ok((pod, Arc::new(network)))
         });
         read.await
-            .map_err(|e| VmError::Other(format!("cannot read the container's spec: {e}")))?
+            .map_err(|e| VmError::Other(format!("cannot read what the pod is: {e}")))?
     }
 
     /// Decides what the VM must be, and gives the VMM its place on the host.
-    async fn plan(&self, vmm: u32, spec: BundleSpec) -> Result<LaunchPlan, VmError> {
+    async fn plan(&self, vmm: u32, spec: &PodSpec) -> Result<LaunchPlan, VmError> {
         let (config, pod, id) = (self.config.clone(), self.pod.clone(), self.id.clone());
+        let spec = spec.clone();
         let planned = tokio::task::spawn_blocking(move || {
             // Not the shim's, which is as low as containerd's own.
-            let score = spec.oom_score_adj();
+            let score = spec.oom_score_adj;
             if let Err(error) = process::set_oom_score_adj(vmm, score) {
                 warn!(%error, score, "cannot set the VMM's oom_score_adj");
             }
-            let cgroup = spec.cgroups_path().and_then(cgroup_for);
+            let cgroup = spec.cgroups_path.as_deref().and_then(cgroup_for);
             let vmm_id = i32::try_from(vmm)
                 .ok()
                 .and_then(|pid| ProcessId::of(pid).ok());
@@ -305,17 +320,20 @@ impl Sandbox {
             if own.is_some() != is_own {
                 record(cgroup.as_ref().filter(|_| is_own));
             }
-            Ok::<_, VmError>((plan_for(&spec, &config, id)?, spec.pod_settings()))
+            plan_for(&spec, &config, id)
         });
-        let (plan, settings) = planned
+        let plan = planned
             .await
             .map_err(|e| VmError::Other(format!("cannot plan the VM: {e}")))??;
         let _ = self.size.set(plan.size);
-        let _ = self.settings.set(settings);
         Ok(plan)
     }
 
-    fn sandbox_request(&self, found: &Found) -> Result<CreateSandboxRequest, VmError> {
+    fn sandbox_request(
+        &self,
+        pod: PodSpec,
+        found: &Found,
+    ) -> Result<CreateSandboxRequest, VmError> {
         let mut entropy = vec![0; ENTROPY_LEN];
         streams::random(&mut entropy).map_err(|source| VmError::Host {
             doing: "read random bytes for the guest",
@@ -324,12 +342,14 @@ impl Sandbox {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
-        let settings = self.settings.get().cloned().unwrap_or_default();
         Ok(CreateSandboxRequest {
             sandbox_id: self.id.clone(),
-            hostname: settings.hostname,
-            sysctls: settings.sysctls,
-            shm_size_bytes: settings.shm_size_bytes,
+            hostname: pod.hostname,
+            dns_servers: pod.dns.servers,
+            dns_searches: pod.dns.searches,
+            dns_options: pod.dns.options,
+            sysctls: pod.sysctls,
+            shm_size_bytes: pod.shm_size_bytes,
             shares: vec![AgentShare {
                 tag: guest_path::SHARE_TAG.into(),
                 path: guest_path::SHARE.into(),
@@ -432,19 +452,23 @@ impl Sandbox {
 
     /// Takes the pod down: the guest may end what runs and write back what it holds, then the VM goes. Idempotent.
     pub async fn stop(&self) {
-        let before = self.phase.watch().now();
-        let is_first = self.phase.advance(Phase::Stopping);
+        let before = self.phase.leave_for(Phase::Stopping);
         let gone = async {
             match before {
-                Phase::Running(agent) if is_first => {
+                Some(Phase::Running(agent)) => {
                     if let Err(error) = agent.destroy_sandbox().await {
                         debug!(%error, "the guest ended without an answer");
                     }
                 }
                 // Nobody to ask.
-                Phase::Starting if is_first => return,
+                Some(Phase::Starting) => return,
+                // No start there is or will be.
+                Some(_) => {
+                    self.settled.send_replace(true);
+                    return;
+                }
                 // Somebody else is at it, or was.
-                _ => {}
+                None => {}
             }
             self.phase.watch().gone().await;
         };
@@ -469,10 +493,10 @@ impl Sandbox {
     }
 }
 
-/// Size and parameters, from the spec's limits and annotations and the node's settings.
-fn plan_for(spec: &BundleSpec, config: &Config, id: String) -> Result<LaunchPlan, VmError> {
+/// Size and parameters, from the pod's limits and annotations and the node's settings.
+fn plan_for(spec: &PodSpec, config: &Config, id: String) -> Result<LaunchPlan, VmError> {
     let overrides = config
-        .overrides(&spec.annotations())
+        .overrides(&spec.annotations)
         .map_err(|e| VmError::Other(e.to_string()))?;
     let bounds = Bounds {
         default: Size {
@@ -484,7 +508,7 @@ fn plan_for(spec: &BundleSpec, config: &Config, id: String) -> Result<LaunchPlan
             memory_mib: config.max_memory_mib,
         },
     };
-    let mut size = sizing::size(&spec.hints(), &bounds);
+    let mut size = sizing::size(&spec.hints, &bounds);
     size.vcpus = overrides.vcpus.unwrap_or(size.vcpus);
     size.memory_mib = overrides.memory_mib.unwrap_or(size.memory_mib);
     let params: Vec<&str> = [

@@ -5,13 +5,15 @@
 //! numbers. Everything else goes through as it is (also fields that husk does not know: the agent names those it
 //! does not honour), so the rewriting works on the JSON value; typed is only what the shim reads for itself.
 
+mod files;
+
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
 };
 
 pub use mounts::BindMount;
-pub use pod::{DEFAULT_SHM_SIZE, NotInVm, PodSettings};
+pub use pod::{DEFAULT_SHM_SIZE, NotInVm};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
@@ -138,14 +140,15 @@ struct Cpu {
 }
 
 /// The network that a spec asks for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NetworkNamespace<'a> {
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum NetworkNamespace {
     /// None of its own: the host's.
     Host,
     /// A new one, with nothing in it.
+    #[default]
     New,
     /// One that is there.
-    At(&'a Path),
+    At(PathBuf),
 }
 
 /// Where the guest finds what the host prepared.
@@ -228,12 +231,12 @@ impl BundleSpec {
     }
 
     /// Its network.
-    pub fn network_namespace(&self) -> NetworkNamespace<'_> {
+    pub fn network_namespace(&self) -> NetworkNamespace {
         let namespaces = self.read.linux.iter().flat_map(|linux| &linux.namespaces);
         let network = namespaces.flatten().find(|ns| ns.typ == "network");
         match network.map(|ns| ns.path.as_deref()) {
             None => NetworkNamespace::Host,
-            Some(Some(path)) if !path.is_empty() => NetworkNamespace::At(Path::new(path)),
+            Some(Some(path)) if !path.is_empty() => NetworkNamespace::At(path.into()),
             Some(_) => NetworkNamespace::New,
         }
     }

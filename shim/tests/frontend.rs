@@ -14,13 +14,19 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::api::{ConnectRequest, DeleteResponse, ShutdownRequest};
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
 use containerd_shim_protos::protobuf::Message as _;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, SandboxStatusRequest, ShutdownSandboxRequest, StartSandboxRequest,
+};
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim::oci;
+use containerd_shim_protos::shim_async::{Client, TaskClient};
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use husk_shim::state::{PodDir, ProcessId};
+use ttrpc::asynchronous::transport::Socket;
 
 const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-husk-v2");
 
@@ -321,6 +327,120 @@ fn a_container_whose_pod_is_not_there_is_refused() {
         "{line}"
     );
     host.delete("c2");
+    host.nothing_is_left();
+}
+
+/// What containerd's shim sandboxer makes: a bundle without a spec.
+fn sandbox_bundle(host: &Host) -> PathBuf {
+    let bundle = host.bundle("pod", &[]);
+    fs::remove_file(bundle.join("config.json")).unwrap();
+    bundle
+}
+
+/// Has a call answered by the shim that serves there.
+fn asking<T, F: Future<Output = T>>(address: &str, call: impl FnOnce(Client) -> F) -> T {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let stream = tokio::net::UnixStream::connect(socket(address)).await;
+        call(Client::new(Socket::from(stream.unwrap()))).await
+    })
+}
+
+fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, String) {
+    match result {
+        Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message),
+        other => panic!("an error status was expected: {other:?}"),
+    }
+}
+
+/// There is no VMM here, so the sandbox's start fails; all before and after it is as with one.
+#[test]
+fn the_sandbox_api_opens_and_closes_a_pod() {
+    let host = Host::new();
+    host.configure("vmm = \"/no/such/vmm\"\n");
+    let bundle = sandbox_bundle(&host);
+    let address = host.started("pod");
+    assert_eq!(fs::read_to_string(bundle.join("address")).unwrap(), address);
+    let shim = host.serving("pod");
+    let context = ttrpc::context::Context::default;
+    let create = CreateSandboxRequest {
+        sandbox_id: "pod".into(),
+        ..Default::default()
+    };
+    let start = StartSandboxRequest {
+        sandbox_id: "pod".into(),
+        ..Default::default()
+    };
+    asking(&address, |client| async {
+        let tasks = TaskClient::new(client.clone());
+        let sandbox = SandboxClient::new(client);
+        let (kind, _) = code(sandbox.start_sandbox(context(), &start).await);
+        assert_eq!(kind, ttrpc::Code::NOT_FOUND);
+        sandbox.create_sandbox(context(), &create).await.unwrap();
+        let (kind, _) = code(sandbox.create_sandbox(context(), &create).await);
+        assert_eq!(kind, ttrpc::Code::ALREADY_EXISTS);
+        let (_, message) = code(sandbox.start_sandbox(context(), &start).await);
+        assert!(message.contains("cannot be started"), "{message}");
+        // What containerd asks after its own restart, and after a container that it could not create.
+        let connect = ConnectRequest {
+            id: "pod".into(),
+            ..Default::default()
+        };
+        let answer = tasks.connect(context(), &connect).await.unwrap();
+        assert_eq!(i32::try_from(answer.shim_pid).unwrap(), shim.pid);
+        tasks
+            .shutdown(context(), &ShutdownRequest::new())
+            .await
+            .unwrap();
+        let status = SandboxStatusRequest {
+            sandbox_id: "pod".into(),
+            ..Default::default()
+        };
+        let status = sandbox.sandbox_status(context(), &status).await.unwrap();
+        assert_eq!(status.state, "SANDBOX_NOTREADY");
+        let end = ShutdownSandboxRequest {
+            sandbox_id: "pod".into(),
+            ..Default::default()
+        };
+        sandbox.shutdown_sandbox(context(), &end).await.unwrap();
+    });
+    host.nothing_is_left();
+    // containerd's clean-up of the bundle comes when the shim has gone.
+    host.delete("pod");
+    host.nothing_is_left();
+}
+
+#[test]
+fn a_sandboxs_shim_is_deleted_and_reclaimed_like_any_other() {
+    let host = Host::new();
+    sandbox_bundle(&host);
+    let old = host.started("pod");
+    let shim = host.serving("pod");
+    host.delete("pod");
+    assert!(!shim.is_alive());
+    host.nothing_is_left();
+
+    assert_eq!(host.started("pod"), old);
+    let shim = host.serving("pod");
+    assert!(shim.kill(std::time::Duration::from_secs(10)).unwrap());
+    // A container of the pod, for which no `start` was ever run.
+    host.bundle("c", &CONTAINER);
+    host.delete("c");
+    host.nothing_is_left();
+    host.delete("pod");
+    host.nothing_is_left();
+}
+
+/// containerd asks for it when it has lost its connection to the container, and the pod goes on.
+#[test]
+fn a_container_of_a_living_sandbox_is_deleted_without_it() {
+    let host = Host::new();
+    sandbox_bundle(&host);
+    host.started("pod");
+    host.bundle("c", &CONTAINER);
+    assert_eq!(host.delete("c").exit_status, 137);
+    assert!(host.serving("pod").is_alive());
+    host.delete("pod");
     host.nothing_is_left();
 }
 

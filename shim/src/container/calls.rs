@@ -29,7 +29,7 @@ impl Container {
         let agent = match self.sandbox.phase().now() {
             Phase::Running(agent) => agent,
             // Its exit is on its way.
-            Phase::Starting | Phase::Stopping | Phase::Gone { .. } => {
+            Phase::Idle | Phase::Starting | Phase::Stopping | Phase::Gone { .. } => {
                 return Err(TaskError::not_found(
                     "process already finished: the VM has ended",
                 ));
@@ -114,7 +114,7 @@ impl Container {
     pub async fn delete(&self) -> Result<Exit, TaskError> {
         let agent = match self.sandbox.phase().now() {
             Phase::Running(agent) => Some(agent),
-            Phase::Starting | Phase::Stopping | Phase::Gone { .. } => None,
+            Phase::Idle | Phase::Starting | Phase::Stopping | Phase::Gone { .. } => None,
         };
         let stage = self.life().stage("")?;
         let exit = match stage {

@@ -55,7 +55,7 @@ impl Container {
         }
         match self.sandbox.phase().now() {
             Phase::Stopping | Phase::Gone { .. } => Exit::killed(),
-            Phase::Starting | Phase::Running(_) => Exit::now(NOT_STARTED),
+            Phase::Idle | Phase::Starting | Phase::Running(_) => Exit::now(NOT_STARTED),
         }
     }
 

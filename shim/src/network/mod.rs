@@ -27,7 +27,7 @@ use std::{
 use husk_protocol::vm::{MAX_NICS, NicConfig};
 use tracing::{debug, instrument};
 
-use crate::spec::{BundleSpec, NetworkNamespace};
+use crate::{pod::PodSpec, spec::NetworkNamespace};
 use model::Found;
 use namespace::Namespace;
 
@@ -112,20 +112,16 @@ pub struct Network {
 }
 
 impl Network {
-    /// The network that a pod has by the spec of its first container. `of_task` is the namespace of the process that stands for
+    /// The network that a pod asks for. `of_task` is the namespace of the process that stands for
     /// the task on the host, where the engine is one that fills the new one that it has asked for ([`fills_new_namespace`]).
     ///
     /// # Errors
     /// [`NetworkError::HostNetwork`] where that is the host's own; [`NetworkError::Namespace`] where it is not there.
-    pub fn of_spec(
-        spec: &BundleSpec,
-        pod: &str,
-        of_task: Option<&Path>,
-    ) -> Result<Self, NetworkError> {
-        let path = match spec.network_namespace() {
+    pub fn of_pod(spec: &PodSpec, pod: &str, of_task: Option<&Path>) -> Result<Self, NetworkError> {
+        let path = match &spec.network {
             NetworkNamespace::Host => return Err(NetworkError::HostNetwork),
             NetworkNamespace::New => of_task,
-            NetworkNamespace::At(path) => Some(path),
+            NetworkNamespace::At(path) => Some(path.as_path()),
         };
         let namespace = path.map(Namespace::find).transpose()?;
         Ok(Self {

@@ -1,17 +1,17 @@
-//! The shim's ttrpc service: the Task API, as containerd 1.7 (v2) and 2.x (v3) call it.
+//! The shim's ttrpc services: the Task API, as containerd 1.7 (v2) and 2.x (v3) call it, and the Sandbox API.
 //!
-//! The two versions have the same messages, so one implementation is registered under both names. (The Sandbox API, used with
-//! `sandboxer = "shim"` only, is to be registered here beside them.)
+//! The two versions of the Task API have the same messages, so one implementation is registered under both names.
 
+mod sandbox_api;
 mod stats;
 mod task;
 mod tasks;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
-use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::{sandbox_async, shim_async::create_task};
 use tokio::net::UnixListener;
 use tracing::info;
 use ttrpc::{
@@ -19,11 +19,13 @@ use ttrpc::{
     asynchronous::{Server, Service, transport::Listener},
 };
 
+pub use sandbox_api::SandboxService;
 pub use task::TaskService;
 pub use tasks::Tasks;
 
 use crate::{
     context::ShimContext,
+    error::TaskError,
     share::Share,
     vm::{Driver, process::HuskVmm},
 };
@@ -66,10 +68,13 @@ pub async fn serve_with(
     let mut server = Server::new()
         .add_listener(Listener::from(listener))
         .register_service(services(&tasks, V3))
-        .register_service(services(&tasks, V2));
+        .register_service(services(&tasks, V2))
+        .register_service(sandbox_async::create_sandbox(Arc::new(
+            SandboxService::new(Arc::clone(&tasks)),
+        )));
     server.start().await?;
     tasks.shut_down().await;
-    info!("shut down: no container is left");
+    info!("shut down");
     // containerd keeps its connection until we are gone, so its closing cannot be waited for.
     tokio::time::sleep(LAST_ANSWERS).await;
     Ok(())
@@ -81,6 +86,17 @@ fn services(tasks: &Arc<Tasks>, name: &str) -> HashMap<String, Service> {
         .into_values()
         .map(|service| (name.to_owned(), service))
         .collect()
+}
+
+/// Runs a change to its end, whatever becomes of the handler that asked for it: ttrpc drops one when its client disconnects or its
+/// deadline passes, at whatever await it stands.
+async fn to_the_end<T: Send + 'static>(
+    change: impl Future<Output = Result<T, TaskError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(change).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(TaskError::failed(format!("the shim failed: {error}")).into()),
+    }
 }
 
 /// What a handler gets besides its request; it needs nothing of it.

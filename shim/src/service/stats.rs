@@ -1,16 +1,16 @@
-//! A container's figures, from the guest's cgroup v2 files into containerd's messages.
+//! A container's figures, from the guest's cgroup v2 files into containerd's messages; and a pod's, which are its VMM's.
 //!
 //! containerd takes the version that its host has, so a host with cgroup v1 gets the old message; both come from the
 //! same figures.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, io};
 
 use containerd_shim_protos::{
     cgroups::metrics as v1,
     cgroups_v2::metrics as v2,
     protobuf::{Message, well_known_types::any::Any},
 };
-use husk_protocol::agent::{ContainerStatsResponse, CpuStats, MemoryStats};
+use husk_protocol::agent::{ContainerStatsResponse, CpuStats, MemoryStats, PidsStats};
 
 /// containerd's type name, without a prefix: it compares the whole string.
 const V2_URL: &str = "io.containerd.cgroups.v2.Metrics";
@@ -32,6 +32,46 @@ pub fn metrics(
     Ok(Any {
         type_url: type_url.to_owned(),
         value,
+        ..Default::default()
+    })
+}
+
+/// What a process has used, all its threads together: a VMM's is what its pod costs the host.
+///
+/// # Errors
+/// When the process has gone.
+pub fn of_process(pid: u32, memory_limit: u64) -> io::Result<ContainerStatsResponse> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    let ticks = rustix::param::clock_ticks_per_second().max(1);
+    // Fields 14, 15 and 20 of proc_pid_stat(5); the second, a name in parentheses, may hold anything.
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let field = |text: &str, n: usize| -> u64 {
+        let field = text.split_ascii_whitespace().nth(n);
+        field.and_then(|field| field.parse().ok()).unwrap_or(0)
+    };
+    let usec = |n: usize| field(fields, n).saturating_mul(1_000_000) / ticks;
+    let (user, system) = (usec(11), usec(12));
+    let page = u64::try_from(rustix::param::page_size()).unwrap_or(0);
+    let cpu = CpuStats {
+        usage_usec: user.saturating_add(system),
+        user_usec: user,
+        system_usec: system,
+        ..Default::default()
+    };
+    let memory = MemoryStats {
+        usage: field(&statm, 1).saturating_mul(page),
+        usage_limit: memory_limit,
+        ..Default::default()
+    };
+    let pids = PidsStats {
+        current: field(fields, 17),
+        ..Default::default()
+    };
+    Ok(ContainerStatsResponse {
+        cpu: Some(cpu).into(),
+        memory: Some(memory).into(),
+        pids: Some(pids).into(),
         ..Default::default()
     })
 }
@@ -212,9 +252,16 @@ fn v1_metrics(stats: &ContainerStatsResponse) -> v1::Metrics {
 
 #[cfg(test)]
 mod tests {
-    use husk_protocol::agent::PidsStats;
-
     use super::*;
+
+    #[test]
+    fn a_process_is_measured() {
+        let own = of_process(std::process::id(), 7).unwrap();
+        assert!(own.memory.usage > 0 && own.pids.current > 0);
+        assert_eq!(own.memory.usage_limit, 7);
+        assert_eq!(own.cpu.usage_usec, own.cpu.user_usec + own.cpu.system_usec);
+        assert!(of_process(u32::MAX, 0).is_err());
+    }
 
     #[test]
     fn both_versions_carry_the_same_figures() {

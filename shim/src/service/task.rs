@@ -1,9 +1,8 @@
 //! The Task API: each call as containerd sends it, onto the pod's tasks.
 //!
-//! ttrpc drops a handler when its client disconnects or its deadline passes, at whatever await it stands. What changes something
-//! therefore runs as a task of its own, and the handler only waits for it.
+//! What changes something runs as a task of its own ([`to_the_end`]), and the handler only waits for it.
 
-use std::{future::Future, path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -20,7 +19,7 @@ use containerd_shim_protos::{
 };
 use tracing::{debug, info};
 
-use super::{Call, Tasks, stats, tasks::Create};
+use super::{Call, Tasks, stats, tasks::Create, to_the_end};
 use crate::{
     cgroup,
     error::TaskError,
@@ -41,16 +40,6 @@ impl TaskService {
     /// For these tasks.
     pub fn new(tasks: Arc<Tasks>) -> Self {
         Self { tasks }
-    }
-}
-
-/// Runs a change to its end, whatever becomes of the handler that asked for it.
-async fn to_the_end<T: Send + 'static>(
-    change: impl Future<Output = Result<T, TaskError>> + Send + 'static,
-) -> ttrpc::Result<T> {
-    match tokio::spawn(change).await {
-        Ok(result) => Ok(result?),
-        Err(error) => Err(TaskError::failed(format!("the shim failed: {error}")).into()),
     }
 }
 

@@ -1,29 +1,32 @@
-//! The pod's containers: who is there, who is on its way in or out, and when the shim is done.
+//! The pod's containers: who is there, and who is on its way in or out.
+
+mod end;
 
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
 use containerd_shim_protos::{events::task as events, types::mount::Mount};
 use husk_protocol::agent::event::Kind;
 use tokio::{
-    sync::watch,
+    sync::{OnceCell, watch},
     time::{sleep, timeout},
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use crate::{
     agent::Agent,
     container::{Container, Parts},
     context::ShimContext,
-    delete,
     error::{TaskError, chain},
+    etc::PodFiles,
     lifecycle::Exit,
     mount::MountRequest,
     phase::Phase,
+    pod::{Keeper, PodSource, PodSpec},
     sandbox::Sandbox,
     share::Share,
     spec::{BundleSpec, GuestPaths, GuestSpec},
@@ -31,9 +34,6 @@ use crate::{
     timing::Point,
     vm::Driver,
 };
-
-/// How long the end of the pod waits for a start or delete of its namespace.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long the guest may take with a container that is not wanted any more.
 const GUEST_GRACE: Duration = Duration::from_secs(2);
@@ -80,6 +80,9 @@ pub struct Tasks {
     context: ShimContext,
     sandbox: Arc<Sandbox>,
     slots: Mutex<BTreeMap<String, Slot>>,
+    /// What a pod of the Sandbox API has below /etc.
+    files: OnceLock<PodFiles>,
+    cleared: OnceCell<()>,
     done: watch::Sender<bool>,
 }
 
@@ -96,17 +99,50 @@ pub struct Create {
 }
 
 impl Tasks {
-    /// Starts the pod. Must be called within a tokio runtime.
+    /// Starts the pod, where its containers keep it. Must be called within a tokio runtime.
     pub fn start(context: ShimContext, share: Share, driver: Arc<dyn Driver>) -> Arc<Self> {
-        let sandbox = Sandbox::start(&context, share, driver);
         let tasks = Arc::new(Self {
+            sandbox: Sandbox::new(&context, share, driver),
             context,
-            sandbox,
             slots: Mutex::default(),
+            files: OnceLock::new(),
+            cleared: OnceCell::new(),
             done: watch::Sender::new(false),
         });
-        tokio::spawn(Arc::clone(&tasks).follow_events());
+        if tasks.context.keeper == Keeper::Containers {
+            tasks.bring_up(PodSource::Bundle(tasks.context.bundle.clone()));
+        }
         tasks
+    }
+
+    fn bring_up(self: &Arc<Self>, source: PodSource) {
+        self.sandbox.start(source);
+        tokio::spawn(Arc::clone(self).follow_events());
+    }
+
+    /// Starts the pod of a CreateSandbox. Must be called once at most.
+    ///
+    /// # Errors
+    /// When the pod's files cannot be written; its VM is not started then.
+    pub async fn open_sandbox(self: &Arc<Self>, pod: PodSpec) -> Result<(), TaskError> {
+        // On a disk, and removed by containerd with the bundle: containers may write to the files.
+        let dir = self.context.bundle.join("work/etc");
+        let written = tokio::task::spawn_blocking(move || {
+            let files = PodFiles::write(&dir, &pod);
+            files.map(|files| (files, pod))
+        });
+        let (files, pod) = written
+            .await
+            .map_err(|e| TaskError::failed(format!("cannot write the pod's files: {e}")))?
+            .map_err(|e| TaskError::failed(e.to_string()))?;
+        let _ = self.files.set(files);
+        self.bring_up(PodSource::Request(Box::new(pod)));
+        Ok(())
+    }
+
+    /// What the shim knows of its start.
+    pub fn context(&self) -> &ShimContext {
+        &self.context
     }
 
     fn slots(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
@@ -140,6 +176,11 @@ impl Tasks {
     /// AlreadyExists, or what is wrong with the bundle, its mounts, the VM or the spec; nothing of the container stays then.
     pub async fn create(self: &Arc<Self>, request: Create) -> Result<u32, TaskError> {
         let id = request.id.clone();
+        if matches!(self.sandbox.phase().now(), Phase::Idle) {
+            return Err(TaskError::failed_precondition(format!(
+                "cannot create container {id:?}: the shim was started with a bundle that has no root file system, for a sandbox, and no CreateSandbox came"
+            )));
+        }
         self.sandbox.timeline().mark(Point::CreateReceived);
         let creation = Creation::default();
         {
@@ -244,9 +285,17 @@ impl Tasks {
             request.bundle.clone(),
         );
         let rootfs: Vec<MountRequest> = request.rootfs.iter().map(mount_request).collect();
+        let files = self.files.get().cloned();
         let added = tokio::task::spawn_blocking(move || {
-            let spec =
+            let mut spec =
                 BundleSpec::load(&bundle).map_err(|e| TaskError::invalid_argument(chain(&e)))?;
+            for (destination, source) in files.iter().flat_map(PodFiles::mounts) {
+                spec.bind_file(&destination, &source);
+            }
+            // The pod's files are there where the sandbox is the shim itself.
+            if files.is_some() {
+                spec.share_shm();
+            }
             let paths = share
                 .add(&id, &rootfs, &spec)
                 .map_err(|e| TaskError::failed(chain(&e)))?;
@@ -331,40 +380,6 @@ impl Tasks {
         }
         self.stop_if_empty();
         Ok((container.pid(), exit))
-    }
-
-    /// With its last container the pod ends; the VM goes down while containerd is on its way with Shutdown.
-    fn stop_if_empty(&self) {
-        if self.slots().is_empty() {
-            let sandbox = Arc::clone(&self.sandbox);
-            tokio::spawn(async move { sandbox.stop().await });
-        }
-    }
-
-    /// Shutdown: nothing while a container remains. Returns when everything of the pod has gone, so that its id can be used again.
-    pub async fn shutdown(&self) {
-        let left = self.slots().len();
-        if left > 0 {
-            debug!(left, "not shutting down: the pod still has containers");
-            return;
-        }
-        self.sandbox.stop().await;
-        let pod = self.context.pod.clone();
-        let cleared = tokio::task::spawn_blocking(move || {
-            let _lock = pod.lock_namespace(LOCK_PATIENCE);
-            delete::clear_pod(&pod)
-        });
-        match cleared.await {
-            Ok(problems) if problems.is_empty() => info!("the pod has been cleared away"),
-            outcome => warn!(?outcome, "the pod has not been cleared away completely"),
-        }
-        self.done.send_replace(true);
-    }
-
-    /// Resolves when the shim has nothing left to do.
-    pub async fn shut_down(&self) {
-        // The sender lives as long as this.
-        let _ = self.done.subscribe().wait_for(|&done| done).await;
     }
 
     /// Events that the guest tells unasked. The call that waits for them also shows when the agent has gone while the VM still

@@ -29,15 +29,15 @@ pub struct BindMount {
 pub(super) struct Mount {
     pub(super) destination: String,
     #[serde(rename = "type")]
-    kind: Option<String>,
+    pub(super) kind: Option<String>,
     pub(super) source: Option<PathBuf>,
-    options: Option<Vec<String>>,
-    uid_mappings: Option<Vec<IdRange>>,
-    gid_mappings: Option<Vec<IdRange>>,
+    pub(super) options: Option<Vec<String>>,
+    pub(super) uid_mappings: Option<Vec<IdRange>>,
+    pub(super) gid_mappings: Option<Vec<IdRange>>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
-struct IdRange {
+pub(super) struct IdRange {
     #[serde(rename = "containerID")]
     container: u32,
     #[serde(rename = "hostID")]

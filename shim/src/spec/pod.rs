@@ -46,17 +46,6 @@ pub enum NotInVm {
     Bidirectional(String),
 }
 
-/// What the guest is set up with for all containers of the pod.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct PodSettings {
-    /// Empty: the guest keeps its default.
-    pub hostname: String,
-    /// Dotted names; those of the guest's own network, IPC and UTS namespaces.
-    pub sysctls: HashMap<String, String>,
-    /// Of the `/dev/shm` that the containers share; 0: there is none.
-    pub shm_size_bytes: u64,
-}
-
 /// The engine's mount of the pod's `/dev/shm` into this container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PodShm {
@@ -101,20 +90,40 @@ fn tmpfs_size(path: &Path) -> Option<u64> {
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 impl BundleSpec {
-    /// What the guest is set up with before its containers: from the spec of the pod's sandbox container. A container without a pod brings
-    /// everything itself.
-    pub fn pod_settings(&self) -> PodSettings {
-        if self.role() != Role::Sandbox {
-            return PodSettings::default();
-        }
+    /// Whether it is the sandbox container of a pod: what it says of host name, sysctls and shared memory is said for all.
+    pub fn is_sandbox(&self) -> bool {
+        self.role() == Role::Sandbox
+    }
+
+    /// Host name; empty where there is none.
+    pub fn hostname(&self) -> String {
+        self.read.hostname.clone().unwrap_or_default()
+    }
+
+    /// Sysctls, dotted names.
+    pub fn sysctls(&self) -> HashMap<String, String> {
         let linux = self.read.linux.as_ref();
-        PodSettings {
-            hostname: self.read.hostname.clone().unwrap_or_default(),
-            sysctls: linux
-                .and_then(|linux| linux.sysctl.clone())
-                .unwrap_or_default(),
-            shm_size_bytes: self.pod_shm.map_or(DEFAULT_SHM_SIZE, |shm| shm.size),
-        }
+        linux
+            .and_then(|linux| linux.sysctl.clone())
+            .unwrap_or_default()
+    }
+
+    /// Size in bytes of the `/dev/shm` that the pod's containers share.
+    pub fn pod_shm_size(&self) -> u64 {
+        self.pod_shm.map_or(DEFAULT_SHM_SIZE, |shm| shm.size)
+    }
+
+    /// Gives the container the pod's shared memory in place of one of its own: CRI leaves it to a sandbox without a sandbox container to
+    /// have its containers share it.
+    pub fn share_shm(&mut self) {
+        let mut mounts = self.read.mounts.iter().flatten();
+        let own = mounts.position(|mount| {
+            mount.bind_kind().is_none() && Path::new(&mount.destination) == Path::new(DEV_SHM)
+        });
+        self.pod_shm = self.pod_shm.or(own.map(|index| PodShm {
+            index,
+            size: DEFAULT_SHM_SIZE,
+        }));
     }
 
     /// What this container is in its pod.
@@ -153,6 +162,10 @@ impl BundleSpec {
             .pod_shm
             .and_then(|shm| spec.get_mut("mounts")?.get_mut(shm.index)?.as_object_mut());
         if let Some(mount) = shm {
+            if mount.get("type").is_none_or(|kind| kind != "bind") {
+                mount.insert("type".into(), json!("bind"));
+                mount.insert("options".into(), json!(["rbind", "rprivate", "rw"]));
+            }
             mount.insert("source".into(), json!(guest_path::SHM));
             mount.remove("uidMappings");
             mount.remove("gidMappings");

@@ -195,6 +195,7 @@ mod pods {
     };
 
     use super::*;
+    use crate::pod::PodSpec;
 
     const POD: &str = "8fa1";
 
@@ -263,10 +264,10 @@ mod pods {
         assert!(
             pause.spec.get("hostname").is_none() && pause.spec["linux"].get("sysctl").is_none()
         );
-        let settings = spec(sandbox(NO_SHM.as_ref())).pod_settings();
-        assert_eq!(settings.hostname, "web-0");
-        assert_eq!(settings.sysctls["kernel.shm_rmid_forced"], "1");
-        assert_eq!(settings.sysctls.len(), 2);
+        let pod = PodSpec::of_spec(&spec(sandbox(NO_SHM.as_ref())));
+        assert_eq!(pod.hostname, "web-0");
+        assert_eq!(pod.sysctls["kernel.shm_rmid_forced"], "1");
+        assert_eq!(pod.sysctls.len(), 2);
         for there in [Some(POD), None] {
             let mut json = member(NO_SHM.as_ref());
             json["hostname"] = json!("web-0");
@@ -277,10 +278,9 @@ mod pods {
             );
             assert!(out.spec.get("hostname").is_none() && out.joins.is_empty());
         }
-        assert_eq!(
-            spec(member(NO_SHM.as_ref())).pod_settings(),
-            PodSettings::default()
-        );
+        let alone = PodSpec::of_spec(&spec(member(NO_SHM.as_ref())));
+        assert!(alone.hostname.is_empty() && alone.sysctls.is_empty());
+        assert_eq!(alone.shm_size_bytes, 0);
     }
 
     #[test]
@@ -419,7 +419,7 @@ mod pods {
         for path in ["sandboxes/8fa1/shm", "overlay-containers/8fa1/userdata/shm"] {
             with_tmpfs(path, |shm| {
                 let pause = spec(sandbox(shm));
-                assert_eq!(pause.pod_settings().shm_size_bytes, 32 << 20);
+                assert_eq!(pause.pod_shm_size(), 32 << 20);
                 let binds: Vec<_> = pause.bind_mounts().iter().map(|bind| bind.index).collect();
                 assert_eq!(binds, [2]);
                 assert_eq!(
@@ -435,9 +435,21 @@ mod pods {
                 assert_eq!(for_guest(json, Some(POD)).spec["mounts"][0], mount);
             });
         }
+        // Without a sandbox container CRI gives each its own.
+        let mut json = member(NO_SHM.as_ref());
+        json["mounts"][0] = json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "size=64k"]});
+        let mut own = spec(json);
+        own.share_shm();
+        let paths = GuestPaths::default();
+        let mount = own.for_guest(&paths, 1, None).unwrap().spec["mounts"][0].clone();
+        let options = json!(["rbind", "rprivate", "rw"]);
+        assert_eq!(
+            mount,
+            json!({"destination": "/dev/shm", "type": "bind", "source": "/run/husk/shm", "options": options})
+        );
         // The guest has one all the same.
         assert_eq!(
-            spec(sandbox(NO_SHM.as_ref())).pod_settings().shm_size_bytes,
+            spec(sandbox(NO_SHM.as_ref())).pod_shm_size(),
             DEFAULT_SHM_SIZE
         );
     }

@@ -13,7 +13,7 @@ use super::{
     LIMIT, Network, NetworkError, fills_new_namespace,
     model::{self, Address, Found, Route},
 };
-use crate::{error::chain, spec::BundleSpec};
+use crate::{error::chain, pod::PodSpec, spec::BundleSpec};
 use netns::Netns;
 
 /// The network of a pod whose namespace entry is this; JSON null for none.
@@ -23,12 +23,12 @@ fn network_of(entry: Value) -> Result<Network, NetworkError> {
         .filter(|entry| !entry.is_null())
         .collect();
     let spec = spec(json!({"namespaces": namespaces}));
-    Network::of_spec(&spec, "pod", None)
+    Network::of_pod(&spec, "pod", None)
 }
 
-fn spec(linux: Value) -> BundleSpec {
+fn spec(linux: Value) -> PodSpec {
     let spec = json!({"ociVersion": "1.0.2", "root": {"path": "/r"}, "linux": linux});
-    BundleSpec::parse(Path::new("/b"), spec.to_string().as_bytes()).unwrap()
+    PodSpec::of_spec(&BundleSpec::parse(Path::new("/b"), spec.to_string().as_bytes()).unwrap())
 }
 
 fn network_at(netns: &Netns) -> Network {
@@ -151,12 +151,12 @@ async fn a_new_namespace_that_the_engine_fills_is_the_tasks() {
     assert!(fills_new_namespace("moby") && !fills_new_namespace("k8s.io"));
     let task = Netns::new();
     let new = spec(json!({"namespaces": [{"type": "network"}]}));
-    let network = Network::of_spec(&new, "pod", Some(task.path())).unwrap();
+    let network = Network::of_pod(&new, "pod", Some(task.path())).unwrap();
     assert!(network.waits(&network.scan(LIMIT).await.unwrap()));
     task.ip("link add eth0 up type veth peer peer0");
     assert_eq!(network.scan(LIMIT).await.unwrap().interfaces.len(), 1);
     // The shim's own is never taken for the task's.
-    let host = Network::of_spec(&new, "pod", Some(Path::new("/proc/self/ns/net")));
+    let host = Network::of_pod(&new, "pod", Some(Path::new("/proc/self/ns/net")));
     assert!(matches!(host.unwrap_err(), NetworkError::HostNetwork));
 }
 
@@ -195,7 +195,7 @@ fn the_hosts_network_is_refused() {
         );
     }
     assert!(network_of(json!({"type": "network", "path": ""})).is_ok());
-    let none = Network::of_spec(&spec(Value::Null), "pod", None).unwrap_err();
+    let none = Network::of_pod(&spec(Value::Null), "pod", None).unwrap_err();
     assert!(matches!(none, NetworkError::HostNetwork));
     let error = chain(&network_of(json!({"type": "network", "path": "/no/ns"})).unwrap_err());
     assert!(

@@ -1,6 +1,7 @@
 //! The Task API against a fake guest: what engines rely on.
 
 mod network;
+mod sandbox_api;
 mod world;
 
 use std::{sync::Arc, time::Duration};

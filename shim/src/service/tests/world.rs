@@ -36,7 +36,8 @@ use crate::{
     context::ShimContext,
     error::TaskError,
     events::Publisher,
-    service::{TaskService, Tasks},
+    pod::Keeper,
+    service::{SandboxService, TaskService, Tasks},
     share::Share,
     state::PodDir,
     timing::Moment,
@@ -69,6 +70,10 @@ pub struct Guest {
     pub stdout_bytes: Mutex<u64>,
     /// The networks it was given, oldest first.
     pub networks: Mutex<Vec<Network>>,
+    /// What the last CreateSandbox asked for.
+    pub sandbox: Mutex<CreateSandboxRequest>,
+    /// The last container's spec.
+    pub spec: Mutex<Vec<u8>>,
     /// NextEvent answers.
     pub events: OnceLock<tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>>,
 }
@@ -117,7 +122,8 @@ impl Agent for FakeAgent {
             .networks
             .lock()
             .unwrap()
-            .extend(request.network.into_option());
+            .extend(request.network.clone().into_option());
+        *self.0.sandbox.lock().unwrap() = request;
         self.0.called("create_sandbox".into()).await;
         Ok(CreateSandboxResponse::new())
     }
@@ -143,6 +149,7 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> ttrpc::Result<CreateContainerResponse> {
+        *self.0.spec.lock().unwrap() = request.spec_json;
         let mut call = format!("create {}", request.container_id);
         if !request.joins.is_empty() {
             call = format!("{call} joining {}", request.joins);
@@ -451,6 +458,7 @@ impl Events for Recorder {
 /// All of it.
 pub struct World {
     pub service: TaskService,
+    pub sandbox: SandboxService,
     pub tasks: Arc<Tasks>,
     pub vmm: Arc<FakeVmm>,
     pub guest: Arc<Guest>,
@@ -465,11 +473,24 @@ impl World {
     }
 
     pub async fn with(guest: Arc<Guest>, fault: Fault) -> Self {
-        Self::in_network(guest, fault, "").await
+        Self::made(guest, fault, "", Keeper::Containers).await
     }
 
     /// With a network namespace of this path; none: a new one.
     pub async fn in_network(guest: Arc<Guest>, fault: Fault, netns: &str) -> Self {
+        Self::made(guest, fault, netns, Keeper::Containers).await
+    }
+
+    /// A pod that is called "pod" where the Sandbox API keeps it.
+    pub async fn kept(guest: Arc<Guest>, fault: Fault, keeper: Keeper) -> Self {
+        Self::made(guest, fault, "", keeper).await
+    }
+
+    async fn made(guest: Arc<Guest>, fault: Fault, netns: &str, keeper: Keeper) -> Self {
+        let (id, name) = match keeper {
+            Keeper::Containers => ("c", "bundle"),
+            Keeper::SandboxApi => ("pod", "sandbox"),
+        };
         let dir = tempfile::tempdir().unwrap();
         let log = watch::Sender::new(Vec::new());
         let socket = dir.path().join("containerd.ttrpc");
@@ -477,7 +498,7 @@ impl World {
             .add_listener(Listener::from(UnixListener::bind(&socket).unwrap()))
             .register_service(create_events(Arc::new(Recorder(log.clone()))));
         containerd.start().await.unwrap();
-        let pod = PodDir::new(dir.path(), "test", "c").unwrap();
+        let pod = PodDir::new(dir.path(), "test", id).unwrap();
         pod.create().unwrap();
         let vmm = Arc::new(FakeVmm {
             guest: guest.clone(),
@@ -488,12 +509,12 @@ impl World {
             taps: Mutex::default(),
             server: tokio::sync::Mutex::default(),
         });
-        let bundle = dir.path().join("bundle");
         let address = socket.display().to_string();
         let context = ShimContext {
             namespace: "test".into(),
-            sandbox_id: "c".into(),
-            bundle: bundle.clone(),
+            sandbox_id: id.into(),
+            bundle: dir.path().join(name),
+            keeper,
             publisher: Publisher::new(Some(&address), "test"),
             config: Config {
                 start_timeout: Duration::from_millis(300),
@@ -501,11 +522,12 @@ impl World {
             },
             pod,
         };
-        write_bundle(&bundle, dir.path(), netns);
+        write_bundle(&dir.path().join("bundle"), dir.path(), netns);
         let share = Share::without_mounts(context.pod.share());
         let tasks = Tasks::start(context, share, Arc::new(FakeDriver(vmm.clone())));
         Self {
             service: TaskService::new(tasks.clone()),
+            sandbox: SandboxService::new(tasks.clone()),
             tasks,
             vmm,
             guest,
@@ -528,8 +550,13 @@ impl World {
 
     /// Create of the one container.
     pub async fn create(&self) -> ttrpc::Result<u32> {
+        self.create_as("c").await
+    }
+
+    /// Create of a container of this id, in the one bundle.
+    pub async fn create_as(&self, id: &str) -> ttrpc::Result<u32> {
         let request = CreateTaskRequest {
-            id: "c".into(),
+            id: id.into(),
             bundle: self.bundle().display().to_string(),
             ..Default::default()
         };
