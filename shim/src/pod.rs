@@ -101,17 +101,23 @@ impl PodSpec {
     /// Of the container that opens the pod. What a sandbox container says for all of the pod's is the pod's; a container without a pod
     /// brings everything itself.
     pub fn of_spec(spec: &BundleSpec) -> Self {
-        let shared = spec.is_sandbox();
+        let shared = if spec.is_sandbox() {
+            Self {
+                hostname: spec.hostname(),
+                sysctls: spec.sysctls(),
+                shm_size_bytes: spec.pod_shm_size(),
+                ..Self::default()
+            }
+        } else {
+            Self::default()
+        };
         Self {
-            hostname: shared.then(|| spec.hostname()).unwrap_or_default(),
-            sysctls: shared.then(|| spec.sysctls()).unwrap_or_default(),
-            shm_size_bytes: shared.then(|| spec.pod_shm_size()).unwrap_or_default(),
             network: spec.network_namespace(),
             hints: spec.hints(),
             annotations: spec.annotations(),
             cgroups_path: spec.cgroups_path().map(Path::to_owned),
             oom_score_adj: spec.oom_score_adj(),
-            ..Self::default()
+            ..shared
         }
     }
 
