@@ -74,13 +74,19 @@ const NETWORKS: [(&str, &str); 4] = [
     ),
 ];
 
-/// In place of a network: a pod on the bridge whose sandbox is the shim's own, by the Sandbox API, without a pause container.
-pub const SANDBOXER: &str = "sandboxer";
+/// Who makes the sandbox of husk's pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sandboxer {
+    /// containerd, with a pause container: the default.
+    Pause,
+    /// The shim, asked through the Sandbox API.
+    Shim,
+}
 
 /// Interfaces of the host that the last two networks branch off.
 const MASTERS: [&str; 2] = ["husk-mv", "husk-iv"];
 
-/// The runtime handler that gives a pod this runtime and one of [`NETWORKS`] (or [`SANDBOXER`]).
+/// The runtime handler that gives a pod this runtime and one of [`NETWORKS`].
 pub fn handler(runtime: Runtime, network: &str) -> String {
     if network == NETWORKS[0].0 {
         runtime.to_string()
@@ -93,6 +99,7 @@ pub fn handler(runtime: Runtime, network: &str) -> String {
 pub struct Containerd {
     dir: PathBuf,
     bin: PathBuf,
+    environment: &'static [(&'static str, &'static str)],
     daemon: Mutex<Option<Child>>,
     next_id: AtomicU32,
 }
@@ -104,14 +111,14 @@ impl Containerd {
     /// It did not come up; with the end of its log.
     pub fn start(dir: &Path, bin: &Path) -> Result<Self> {
         // CRI is off: these suites do not ask it.
-        Self::start_with(dir, bin, "", &CRI_PLUGINS)
+        Self::start_with(dir, bin, "", &CRI_PLUGINS, &[])
     }
 
     /// Starts one that serves CRI, with the runtime handlers `husk` and `runc` on a bridge, and [those on other networks](handler).
     ///
     /// # Errors
     /// It did not come up; with the end of its log.
-    pub fn start_with_cri(dir: &Path, bin: &Path) -> Result<Self> {
+    pub fn start_with_cri(dir: &Path, bin: &Path, sandboxer: Sandboxer) -> Result<Self> {
         for master in MASTERS {
             // It may be there from an earlier one.
             let _ = host::run(&["ip", "link", "add", master, "type", "dummy"]);
@@ -142,24 +149,32 @@ impl Containerd {
                     handler(runtime, network),
                     networks.display(),
                 );
+                if (runtime, sandboxer) == (Runtime::Husk, Sandboxer::Shim) {
+                    // The names of 2.x and of 1.7 for the same setting.
+                    settings.push_str("sandboxer = \"shim\"\nsandbox_mode = \"shim\"\n");
+                }
             }
         }
-        // The names of 2.x and of 1.7 for the same setting.
-        let _ = writeln!(
-            settings,
-            "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{}]\n\
-             runtime_type = \"io.containerd.husk.v2\"\nsandboxer = \"shim\"\nsandbox_mode = \"shim\"\n\
-             pod_annotations = [\"io.husk.*\"]",
-            handler(Runtime::Husk, SANDBOXER),
-        );
-        Self::start_with(dir, bin, &settings, &[])
+        let environment: &[_] = match sandboxer {
+            Sandboxer::Pause => &[],
+            // Without it 1.7 knows no other sandboxer than its own.
+            Sandboxer::Shim => &[("ENABLE_CRI_SANDBOXES", "1")],
+        };
+        Self::start_with(dir, bin, &settings, &[], environment)
     }
 
-    fn start_with(dir: &Path, bin: &Path, settings: &str, off: &[&str]) -> Result<Self> {
+    fn start_with(
+        dir: &Path,
+        bin: &Path,
+        settings: &str,
+        off: &[&str],
+        environment: &'static [(&'static str, &'static str)],
+    ) -> Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         let containerd = Self {
             dir: dir.to_owned(),
             bin: bin.to_owned(),
+            environment,
             daemon: Mutex::new(None),
             next_id: AtomicU32::new(1),
         };
@@ -213,6 +228,7 @@ impl Containerd {
             .arg("--config")
             .arg(self.dir.join("config.toml"))
             .env("PATH", self.path_env())
+            .envs(self.environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

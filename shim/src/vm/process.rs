@@ -46,7 +46,7 @@ const CONNECTION_QUEUE: usize = 64;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long the VMM may take to give a network device its tap.
-const ATTACH: Duration = Duration::from_secs(5);
+const ATTACH: Duration = Duration::from_secs(30);
 
 // Fds of the VMM, by number. 0 to 2 are the standard ones.
 const CONTROL_FD: RawFd = 3;

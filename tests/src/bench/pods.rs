@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use husk_tests::{
-    containerd::Containerd,
+    containerd::{Containerd, Sandboxer},
     cri::{self, Cri, Pod, PodContainer, container, v1},
     host,
     runtime::Runtime,
@@ -39,7 +39,11 @@ const SETTLE: Duration = Duration::from_secs(5);
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
 
 pub fn measure(bench: &Bench, table: &mut Table) -> Result<()> {
-    let containerd = Containerd::start_with_cri(Path::new("/run/husk-bench-cri"), &bench.bin)?;
+    let containerd = Containerd::start_with_cri(
+        Path::new("/run/husk-bench-cri"),
+        &bench.bin,
+        Sandboxer::Pause,
+    )?;
     containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
     let mut kubelets = Vec::new();
     for runtime in RUNTIMES {

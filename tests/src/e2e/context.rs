@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::Result;
 use husk_tests::{
-    containerd::Containerd,
+    containerd::{Containerd, Sandboxer},
     cri::{self, Cri},
     ctr::{self, Output, Running},
     runtime::Runtime,
@@ -24,6 +24,7 @@ pub struct Context {
     /// Where husk's binaries are.
     pub bin: PathBuf,
     cri: OnceLock<(Containerd, Cri)>,
+    sandboxer: OnceLock<(Containerd, Cri)>,
     /// A busybox root file system on the host, for specs with a root path.
     pub rootfs: PathBuf,
 }
@@ -42,6 +43,7 @@ impl Context {
             bin,
             rootfs,
             cri: OnceLock::new(),
+            sandboxer: OnceLock::new(),
         })
     }
 
@@ -58,23 +60,39 @@ impl Context {
     /// # Errors
     /// It did not come up.
     pub fn cri_and_containerd(&self) -> Result<(&Containerd, &Cri)> {
+        self.kubelet(&self.cri, "/run/husk-e2e-cri", Sandboxer::Pause)
+    }
+
+    /// One whose pods have the shim as their sandbox, and its containerd.
+    ///
+    /// # Errors
+    /// It did not come up.
+    pub fn sandboxer(&self) -> Result<(&Containerd, &Cri)> {
+        self.kubelet(&self.sandboxer, "/run/husk-e2e-sandboxer", Sandboxer::Shim)
+    }
+
+    fn kubelet<'a>(
+        &self,
+        place: &'a OnceLock<(Containerd, Cri)>,
+        dir: &str,
+        sandboxer: Sandboxer,
+    ) -> Result<(&'a Containerd, &'a Cri)> {
         static STARTING: Mutex<()> = Mutex::new(());
         let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((containerd, cri)) = self.cri.get() {
+        if let Some((containerd, cri)) = place.get() {
             return Ok((containerd, cri));
         }
-        let containerd = Containerd::start_with_cri(Path::new("/run/husk-e2e-cri"), &self.bin)?;
+        let containerd = Containerd::start_with_cri(Path::new(dir), &self.bin, sandboxer)?;
         containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
         let cri = Cri::connect(&containerd, self.runtime)?;
-        let (containerd, cri) = self.cri.get_or_init(|| (containerd, cri));
+        let (containerd, cri) = place.get_or_init(|| (containerd, cri));
         Ok((containerd, cri))
     }
 
     /// The end of the log of CRI's containerd, where it has been started.
     pub fn cri_log(&self) -> Option<String> {
-        self.cri
-            .get()
-            .map(|(containerd, _)| containerd.log_tail(60))
+        let (containerd, _) = self.cri.get().or_else(|| self.sandboxer.get())?;
+        Some(containerd.log_tail(60))
     }
 
     /// Runs a command in a new container of the busybox image and removes it.

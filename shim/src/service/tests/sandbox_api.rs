@@ -1,6 +1,6 @@
 //! The Sandbox API against a fake guest: what containerd's shim sandboxer relies on.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::LazyLock};
 
 use containerd_shim_protos::{
     api::{DeleteRequest, KillRequest, ShutdownRequest, StartRequest, WaitRequest},
@@ -22,7 +22,10 @@ use super::{
     code,
     world::{Fault, Guest, LIMIT, VMM_PID, World, context},
 };
-use crate::{config::Config, pod::Keeper, sizing};
+use crate::{config::Config, network::tests::netns::Netns, pod::Keeper, sizing};
+
+/// What CNI has made for each of these pods: nothing yet.
+static NETNS: LazyLock<Netns> = LazyLock::new(Netns::new);
 
 fn options(config: &cri::PodSandboxConfig) -> Any {
     Any {
@@ -52,6 +55,7 @@ impl World {
         let request = CreateSandboxRequest {
             sandbox_id: "pod".into(),
             options: Some(options(config)).into(),
+            netns_path: NETNS.path().display().to_string(),
             ..Default::default()
         };
         let created = self.sandbox.create_sandbox(&context(), request).await;
@@ -300,6 +304,19 @@ async fn calls_in_the_wrong_order_are_refused_and_change_nothing() {
     assert!(message.contains("cannot be started"), "{message}");
     assert_eq!(code(w.open().await).0, Code::ALREADY_EXISTS);
     w.close().await.unwrap();
+}
+
+/// containerd makes no network namespace for a pod of the host's network.
+#[tokio::test]
+async fn the_hosts_network_is_refused() {
+    let w = World::of_sandbox_api().await;
+    let request = CreateSandboxRequest {
+        sandbox_id: "pod".into(),
+        ..Default::default()
+    };
+    w.sandbox.create_sandbox(&context(), request).await.unwrap();
+    let refused = w.begin().await.unwrap_err().to_string();
+    assert!(refused.contains("hostNetwork is not possible"), "{refused}");
 }
 
 #[tokio::test]
