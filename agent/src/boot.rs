@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
+use husk_protocol::guest_path;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::set_cad_enabled;
 use nix::sys::resource::{Resource, setrlimit};
@@ -53,7 +54,7 @@ const NOTHING_SPECIAL: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NOEXEC);
 
 /// In this order: each may be a mount point of the next.
-const MOUNTS: [Mount; 9] = [
+const MOUNTS: [Mount; 10] = [
     Mount {
         kind: "proc",
         at: "/proc",
@@ -95,6 +96,13 @@ const MOUNTS: [Mount; 9] = [
         at: "/run",
         // Container file systems are put together below it: they need their programs and devices.
         flags: MsFlags::empty(),
+        data: "mode=0755",
+    },
+    Mount {
+        kind: "tmpfs",
+        at: guest_path::VOLUMES,
+        // Containers see it: the agent must not come upon a device there. A program may well be in a ConfigMap.
+        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
         data: "mode=0755",
     },
     Mount {

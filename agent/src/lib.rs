@@ -2,8 +2,8 @@
 //!
 //! One thread does everything but what can block, which has others for a moment. `boot` makes the guest a place to run
 //! containers in, `dial` connects to the host, `service` answers its calls: `sandbox` and `net` for those about the guest,
-//! `containers` for those about containers, each a `container` (its set-up) with its `process`es and their `stream`s. `reaper`
-//! learns how processes end, `events` what happens unasked.
+//! `containers` for those about containers, each a `container` (its set-up) with its `process`es and their `stream`s; `volume` for
+//! the directories of the host's that are copied. `reaper` learns how processes end, `events` what happens unasked.
 
 pub mod boot;
 pub mod cgroup;
@@ -29,3 +29,4 @@ pub mod service;
 pub mod stats;
 pub mod stream;
 pub mod terminal;
+pub mod volume;

@@ -12,9 +12,10 @@ use husk_protocol::agent::{
     Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
     ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, Network, OomKill, ProcessInfo,
-    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, UpdateContainerRequest,
-    WaitProcessResponse, create_agent, event,
+    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, SyncVolumeRequest,
+    UpdateContainerRequest, WaitProcessResponse, create_agent, event,
 };
+use husk_protocol::guest_path;
 use tokio::sync::Notify;
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, TtrpcContext};
@@ -29,6 +30,7 @@ use crate::polled::Polled;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
 use crate::sandbox::{self, Milestones};
+use crate::volume::{self, Volumes};
 
 /// Turns given to the runtime for the reply of the last call to leave.
 const LAST_TURNS: usize = 32;
@@ -36,6 +38,7 @@ const LAST_TURNS: usize = 32;
 /// The agent API.
 pub struct Service<R: Runtime> {
     containers: Arc<Containers<R>>,
+    volumes: Arc<Volumes>,
     events: Arc<Events>,
     milestones: Milestones,
     set_up: AtomicBool,
@@ -65,6 +68,7 @@ impl<R: Runtime> Service<R> {
         });
         Ok(Self {
             containers: Arc::new(Containers::new(runtime, host, reaper, oom)),
+            volumes: Arc::new(Volumes::new(guest_path::VOLUMES)),
             events,
             milestones,
             set_up: AtomicBool::new(false),
@@ -149,6 +153,24 @@ impl<R: Runtime> Agent for Service<R> {
         tracing::info!("the sandbox ends");
         self.containers.kill_everything();
         self.over.notify_one();
+        Ok(Empty::new())
+    }
+
+    async fn sync_volume(
+        &self,
+        _: &TtrpcContext,
+        request: SyncVolumeRequest,
+    ) -> ttrpc::Result<Empty> {
+        let plan = volume::Plan::new(request)?;
+        let volumes = Arc::clone(&self.volumes);
+        to_its_end(async move {
+            tokio::task::spawn_blocking(move || volumes.sync(&plan))
+                .await
+                .map_err(|e| {
+                    AgentError::guest("bringing a volume up to date", io::Error::other(e))
+                })?
+        })
+        .await?;
         Ok(Empty::new())
     }
 

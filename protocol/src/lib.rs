@@ -58,4 +58,20 @@ pub mod guest_path {
     pub const SHARE_TAG: &str = "husk";
     /// Mount point of the `/dev/shm` that the pod's containers share.
     pub const SHM: &str = "/run/husk/shm";
+    /// Where `SyncVolume` keeps its volumes, a directory each.
+    pub const VOLUMES: &str = "/run/husk/volumes";
+}
+
+/// Bounds of a volume that `SyncVolume` carries.
+pub mod volume {
+    /// Most entries, links and directories included.
+    pub const MAX_ENTRIES: usize = 1024;
+    /// Most bytes of one volume: paths, link texts and contents together. Kubernetes allows a ConfigMap or Secret 1 MiB
+    /// (`MaxSecretSize` of its API), a projected volume may hold several; a ttrpc message has at most 4 MiB.
+    pub const MAX_BYTES: usize = 2 << 20;
+    /// Most components of one path.
+    pub const MAX_DEPTH: usize = 16;
+    /// The name under which an entry is made before it is renamed to its own: the one that the kubelet's AtomicWriter takes, so that
+    /// who watches the directory sees the events of a host. No entry has it.
+    pub const TEMPORARY: &str = "..data_tmp";
 }

@@ -24,7 +24,7 @@ use husk_agent::service::Service;
 use husk_protocol::agent::{
     AgentClient, ContainerRequest, CreateContainerRequest, CreateSandboxRequest, Empty,
     ExecProcessRequest, Interface, Network, ProcessRequest, ResizeTerminalRequest,
-    SignalProcessRequest, Stdio, WaitProcessResponse,
+    SignalProcessRequest, Stdio, SyncVolumeRequest, WaitProcessResponse,
 };
 use processes::Processes;
 use protobuf::MessageField;
@@ -508,4 +508,21 @@ async fn the_service_ends_with_the_sandbox_or_with_the_host() {
     let guest = Guest::new().await;
     drop(guest.client);
     guest.served.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_volume_outside_its_place_is_refused() {
+    let guest = Guest::new().await;
+    for id in ["", "..", "a/b"] {
+        let request = SyncVolumeRequest {
+            volume_id: id.into(),
+            ..Default::default()
+        };
+        let answer = guest
+            .client
+            .sync_volume(context::Context::default(), &request)
+            .await;
+        let (code, message) = code(answer);
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    }
 }
