@@ -8,8 +8,8 @@ use std::{future::Future, time::Duration};
 use husk_protocol::agent::{
     AgentClient, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateSandboxRequest, CreateSandboxResponse, Empty, Event, ExecProcessRequest, Network,
-    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
-    WaitProcessResponse,
+    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio, SyncVolumeRequest,
+    UpdateContainerRequest, WaitProcessResponse,
 };
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{r#async::Client, asynchronous::transport::Socket, context::Context};
@@ -295,6 +295,17 @@ impl Agent {
         };
         let call = self.client.resize_terminal(Context::default(), &request);
         self.call("resize the terminal", Some(ON_THE_SPOT), call)
+            .await
+            .map(drop)
+    }
+
+    /// Brings a directory of the guest's to what a volume of the host holds.
+    ///
+    /// # Errors
+    /// As [`Self::create_sandbox`].
+    pub async fn sync_volume(&self, request: &SyncVolumeRequest) -> Result<(), TaskError> {
+        let call = self.client.sync_volume(Context::default(), request);
+        self.call("bring the volume up to date", Some(ON_THE_SPOT), call)
             .await
             .map(drop)
     }

@@ -40,3 +40,4 @@ pub mod stdio;
 pub mod streams;
 pub mod timing;
 pub mod vm;
+pub mod volume;

@@ -22,6 +22,7 @@ use self::{mounts::Mount, pod::PodShm};
 use crate::{
     group::Role,
     sizing::{self, Hints},
+    volume,
 };
 
 mod mounts;
@@ -266,6 +267,19 @@ impl BundleSpec {
             cpuset_cpus: sizing::count_cpus(&cpu.cpus.unwrap_or_default()),
         };
         Hints::from_annotations(&self.annotations()).unwrap_or(own)
+    }
+
+    /// Volumes that the kubelet keeps up to date and that the container only reads: place in the spec's list and directory.
+    pub fn kept_volumes(&self) -> Vec<(usize, PathBuf)> {
+        let mounts = self.read.mounts.iter().flatten().enumerate();
+        let kept = mounts.filter_map(|(index, mount)| {
+            let source = mount.source.as_deref()?;
+            let is_kept = mount.bind_kind().is_some()
+                && mount.is_read_only()
+                && volume::is_kept_up_to_date(source);
+            is_kept.then(|| (index, source.to_owned()))
+        });
+        kept.collect()
     }
 
     /// The spec as the agent gets it. `pause` is the pod's sandbox container, where the guest has one.

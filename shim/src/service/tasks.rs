@@ -33,6 +33,7 @@ use crate::{
     stdio::StdioPaths,
     timing::Point,
     vm::Driver,
+    volume::Volumes,
 };
 
 /// How long the guest may take with a container that is not wanted any more.
@@ -83,6 +84,7 @@ pub struct Tasks {
     /// What a pod of the Sandbox API has below /etc.
     files: OnceLock<PodFiles>,
     cleared: OnceCell<()>,
+    volumes: Volumes,
     done: watch::Sender<bool>,
 }
 
@@ -101,12 +103,15 @@ pub struct Create {
 impl Tasks {
     /// Starts the pod, where its containers keep it. Must be called within a tokio runtime.
     pub fn start(context: ShimContext, share: Share, driver: Arc<dyn Driver>) -> Arc<Self> {
+        let sandbox = Sandbox::new(&context, share, driver);
+        let volumes = Volumes::start(sandbox.phase());
         let tasks = Arc::new(Self {
-            sandbox: Sandbox::new(&context, share, driver),
+            sandbox,
             context,
             slots: Mutex::default(),
             files: OnceLock::new(),
             cleared: OnceCell::new(),
+            volumes,
             done: watch::Sender::new(false),
         });
         if tasks.context.keeper == Keeper::Containers {
@@ -250,12 +255,6 @@ impl Tasks {
         };
         self.sandbox.refresh_network().await?;
         let pause = self.get(&self.context.sandbox_id).ok();
-        let pause = pause.as_ref().map(|container| container.id());
-        let GuestSpec { spec, joins } = spec
-            .for_guest(paths, self.sandbox.vcpus(), pause)
-            .map_err(|e| TaskError::failed_precondition(e.to_string()))?;
-        let spec_json = serde_json::to_vec(&spec)
-            .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
         let parts = Parts {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
@@ -270,8 +269,21 @@ impl Tasks {
             sleep(GUEST_GRACE).await;
             error
         };
+        let making = async {
+            let mut paths = paths.clone();
+            let kept = spec.kept_volumes();
+            let mirrored = self.volumes.attach(&request.id, kept).await;
+            paths.mounts.extend(mirrored);
+            let pause = pause.as_ref().map(|container| container.id());
+            let GuestSpec { spec, joins } = spec
+                .for_guest(&paths, self.sandbox.vcpus(), pause)
+                .map_err(|e| TaskError::failed_precondition(e.to_string()))?;
+            let spec_json = serde_json::to_vec(&spec)
+                .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
+            Container::create(parts, &agent, spec_json, joins).await
+        };
         let container = tokio::select! {
-            created = Container::create(parts, &agent, spec_json, joins) => created?,
+            created = making => created?,
             error = given_up => return Err(error),
         };
         Ok((container, agent))
@@ -319,6 +331,7 @@ impl Tasks {
                 "the guest was asked to clear the failed container away"
             );
         }
+        self.volumes.detach(id);
         let (share, id) = (self.sandbox.share().clone(), id.to_owned());
         if let Err(error) = tokio::task::spawn_blocking(move || share.remove(&id)).await {
             warn!(%error, "the files of a failed container were not cleared away");
@@ -366,6 +379,7 @@ impl Tasks {
                 "container {id:?} not found: it was deleted meanwhile"
             )));
         }
+        self.volumes.detach(id);
         container.announce_delete(exit);
         let (pod, name) = (self.context.pod.clone(), id.to_owned());
         // Waited for: a Shutdown that follows removes the directory in which it writes.

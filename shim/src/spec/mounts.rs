@@ -102,7 +102,7 @@ impl Mount {
     }
 
     /// The last word counts, as with `mount(8)`.
-    fn is_read_only(&self) -> bool {
+    pub(super) fn is_read_only(&self) -> bool {
         let said = self
             .options
             .iter()

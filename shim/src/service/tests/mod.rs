@@ -2,6 +2,7 @@
 
 mod network;
 mod sandbox_api;
+mod volumes;
 mod world;
 
 use std::{sync::Arc, time::Duration};

@@ -132,7 +132,7 @@ impl World {
         let waited = timeout(LIMIT, self.service.wait(&context, request));
         waited.await.unwrap().unwrap().exit_status
     }
-    async fn remove(&self, id: &str) -> ttrpc::Result<u32> {
+    pub(super) async fn remove(&self, id: &str) -> ttrpc::Result<u32> {
         let request = DeleteRequest {
             id: id.into(),
             ..Default::default()

@@ -2,7 +2,7 @@
 //! down the events it is sent. Everything between them is the real thing, ttrpc included.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock},
@@ -64,6 +64,14 @@ pub struct Guest {
     pub start_error: Mutex<Option<(ttrpc::Code, String)>>,
     /// Processes end with this status before their start is answered.
     pub ends_at_once: Mutex<Option<u32>>,
+    /// CreateContainer fails with this.
+    pub create_error: Mutex<Option<(ttrpc::Code, String)>>,
+    /// SyncVolume fails with this.
+    pub volume_error: Mutex<Option<(ttrpc::Code, String)>>,
+    /// Volumes by id, with the text of each path.
+    pub volumes: watch::Sender<BTreeMap<String, BTreeMap<String, String>>>,
+    /// Sources of the last container's mounts.
+    pub sources: Mutex<Vec<String>>,
     /// The last exec's streams.
     pub stdio: Mutex<agent::Stdio>,
     /// Processes have written this much to their stdout.
@@ -149,12 +157,19 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> ttrpc::Result<CreateContainerResponse> {
-        *self.0.spec.lock().unwrap() = request.spec_json;
         let mut call = format!("create {}", request.container_id);
         if !request.joins.is_empty() {
             call = format!("{call} joining {}", request.joins);
         }
         self.0.called(call).await;
+        if let Some((code, message)) = self.0.create_error.lock().unwrap().clone() {
+            return Err(TaskError::new(code, message).into());
+        }
+        let spec: serde_json::Value = serde_json::from_slice(&request.spec_json).unwrap();
+        let mounts = spec["mounts"].as_array().into_iter().flatten();
+        let sources = mounts.map(|mount| mount["source"].as_str().unwrap().to_owned());
+        *self.0.sources.lock().unwrap() = sources.collect();
+        *self.0.spec.lock().unwrap() = request.spec_json;
         Ok(CreateContainerResponse::new())
     }
     async fn start_container(
@@ -207,6 +222,38 @@ impl Agent for FakeAgent {
         self.0
             .called(format!("update {} {json}", request.container_id))
             .await;
+        Ok(agent::Empty::new())
+    }
+    async fn sync_volume(
+        &self,
+        _: &TtrpcContext,
+        request: SyncVolumeRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let id = request.volume_id;
+        self.0
+            .called(format!("sync {id} {}", request.entries.len()))
+            .await;
+        if let Some((code, message)) = self.0.volume_error.lock().unwrap().clone() {
+            return Err(TaskError::new(code, message).into());
+        }
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        let entries = request.entries.into_iter().map(|entry| {
+            let content = match entry.content {
+                Some(volume_entry::Content::File(bytes) | volume_entry::Content::Link(bytes)) => {
+                    text(bytes)
+                }
+                _ => "/".into(),
+            };
+            (text(entry.path), content)
+        });
+        let entries: BTreeMap<_, _> = entries.collect();
+        self.0.volumes.send_modify(|volumes| {
+            if entries.is_empty() {
+                volumes.remove(&id);
+            } else {
+                volumes.insert(id, entries);
+            }
+        });
         Ok(agent::Empty::new())
     }
     async fn container_stats(
