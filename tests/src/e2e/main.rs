@@ -35,6 +35,7 @@ mod task;
 mod terminal;
 mod vm;
 mod vmm;
+mod volumes;
 
 use context::Context as Suite;
 
@@ -64,7 +65,7 @@ pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Tes
 }
 
 /// The suites. Those marked alone count what the whole host holds, so nothing runs beside them.
-const SUITES: [(&str, bool, &[Test]); 22] = [
+const SUITES: &[(&str, bool, &[Test])] = &[
     ("run", false, run::TESTS),
     ("io", false, io::TESTS),
     ("terminal", false, terminal::TESTS),
@@ -81,6 +82,7 @@ const SUITES: [(&str, bool, &[Test]); 22] = [
     ("survival", true, kubelet::ALONE),
     ("sandbox_api", false, sandbox_api::TESTS),
     ("sandbox_alone", true, sandbox_api::ALONE),
+    ("volumes", false, volumes::TESTS),
     ("vm", false, vm::TESTS),
     // 32 vCPUs want the machine for themselves.
     ("vmm", true, vmm::TESTS),
@@ -91,10 +93,21 @@ const SUITES: [(&str, bool, &[Test]); 22] = [
 ];
 
 fn main() -> ExitCode {
+    let words: Vec<String> = env::args().skip(1).collect();
+    // Runs inside a container.
+    if let [workload, dir] = words.as_slice()
+        && workload == "watch-workload"
+    {
+        return told(volumes::watch_workload(Path::new(dir)).map(|()| ExitCode::SUCCESS));
+    }
     let mut arguments = Arguments::from_args();
     // Three VMs at a time keep two cores busy.
     arguments.test_threads.get_or_insert(3);
-    match run(&arguments) {
+    told(run(&arguments))
+}
+
+fn told(result: Result<ExitCode>) -> ExitCode {
+    match result {
         Ok(code) => code,
         Err(error) => {
             eprintln!("husk-e2e: {error:?}");

@@ -7,14 +7,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use containerd_shim_protos::{api::DeleteRequest, shim_async::Task as _};
 use husk_protocol::{guest_path, volume::MAX_BYTES};
 use tokio::time::timeout;
 use ttrpc::Code;
 
 use super::{
     code,
-    world::{LIMIT, World, context},
+    world::{LIMIT, World},
 };
 
 type Entries = BTreeMap<String, String>;

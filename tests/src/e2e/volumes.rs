@@ -1,0 +1,182 @@
+//! Volumes that the kubelet keeps up to date: who watches one in a container is told of each swap, in the steps of a plain host.
+//!
+//! busybox has no inotifyd in the image, so the watcher is this binary again, run in the container by the loader and the
+//! libraries of the Debian tree.
+
+use std::{
+    fs, io,
+    os::unix::fs::{PermissionsExt as _, chown, symlink},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use husk_tests::{
+    cri::{container, v1},
+    wait,
+};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+
+use crate::{Test, context::Context, test};
+
+pub const TESTS: &[Test] = &[test(
+    "a_swap_of_the_kubelet_is_seen_by_who_watches",
+    swap_is_seen,
+)];
+
+/// Where the Debian tree is in the container.
+const DEBIAN: &str = "/debian";
+/// Where its libraries are, its loader among them.
+const LIBRARIES: &str = "/debian/usr/lib/x86_64-linux-gnu";
+/// The group of the volume's files, as a pod's fsGroup gives them one.
+const GROUP: u32 = 2000;
+
+/// A volume on the host, written as the kubelet's AtomicWriter does (`pkg/volume/util/atomic_writer.go`).
+struct Volume(PathBuf);
+
+impl Volume {
+    fn new(dir: &Path) -> Result<Self> {
+        let path = dir.join("volumes/kubernetes.io~configmap/config");
+        fs::create_dir_all(&path)?;
+        Ok(Self(path))
+    }
+
+    /// Makes these keys the volume's, each with the version as its value.
+    fn write(&self, version: &str, keys: &[&str]) -> Result<()> {
+        let at = |name: &str| self.0.join(name);
+        let old = fs::read_link(at("..data"))
+            .ok()
+            .map(|link| self.0.join(link));
+        fs::create_dir(at(version))?;
+        for key in keys {
+            let file = at(version).join(key);
+            fs::write(&file, version)?;
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o440))?;
+            chown(&file, None, Some(GROUP))?;
+        }
+        for key in keys.iter().filter(|key| !at(key).is_symlink()) {
+            symlink(Path::new("..data").join(key), at(key))?;
+        }
+        symlink(version, at("..data_tmp"))?;
+        fs::rename(at("..data_tmp"), at("..data"))?;
+        if let Some(old) = old {
+            for entry in fs::read_dir(&old)? {
+                let name = entry?.file_name();
+                if !keys.iter().any(|key| name == *key) {
+                    fs::remove_file(self.0.join(name))?;
+                }
+            }
+            fs::remove_dir_all(old)?;
+        }
+        Ok(())
+    }
+}
+
+fn swap_is_seen(suite: &Context) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let bin = dir.path().join("bin");
+    fs::create_dir(&bin)?;
+    // Not through the testbed's 9p: the program itself should come from a plain file system.
+    fs::copy(suite.bin.join("husk-e2e"), bin.join("husk-e2e"))?;
+    let volume = Volume::new(dir.path())?;
+    volume.write("..v1", &["key", "old"])?;
+
+    let pod = suite.cri()?.pod()?;
+    let mount = |host: &Path, inside: &str| v1::Mount {
+        host_path: host.to_string_lossy().into_owned(),
+        container_path: inside.into(),
+        readonly: true,
+        ..Default::default()
+    };
+    let start = |command: &[&str]| {
+        let mut config = container(command);
+        config.mounts = vec![
+            mount(&volume.0, "/etc/config"),
+            mount(&bin, "/work"),
+            mount(Path::new("/srv/debian-rootfs"), DEBIAN),
+        ];
+        pod.start(config)
+    };
+    let loader = format!("{LIBRARIES}/ld-linux-x86-64.so.2");
+    let watcher = start(&[
+        &loader,
+        "--library-path",
+        LIBRARIES,
+        "/work/husk-e2e",
+        "watch-workload",
+        "/etc/config",
+    ])?;
+    wait::until("the watcher to watch", || {
+        (watcher.logged("stdout") == "ready").then_some(())
+    })?;
+    ensure!(watcher.exec(&["cat", "/etc/config/key"])?.ok()? == "..v1");
+    let stat = watcher
+        .exec(&["stat", "-L", "-c", "%a %u %g", "/etc/config/key"])?
+        .ok()?;
+    ensure!(stat == format!("440 0 {GROUP}"), "{stat}");
+
+    volume.write("..v2", &["key", "extra"])?;
+    let steps = wait::until("the end of the swap", || {
+        let steps = watcher.logged("stdout");
+        let is_over = ["deleted old", "deleted ..v1"]
+            .iter()
+            .all(|end| steps.contains(end));
+        is_over.then_some(steps)
+    })?;
+    // Each once, and none before what it builds on.
+    let order = [
+        ("ready", "created ..v2"),
+        ("ready", "created extra"),
+        ("created ..v2", "created ..data_tmp"),
+        ("created extra", "moved to ..data"),
+        ("created ..data_tmp", "moved from ..data_tmp"),
+        ("moved from ..data_tmp", "moved to ..data"),
+        ("moved to ..data", "key is ..v2"),
+        ("key is ..v2", "deleted old"),
+        ("key is ..v2", "deleted ..v1"),
+    ];
+    let place = |step: &str| steps.lines().position(|line| line == step);
+    for (first, then) in order {
+        ensure!(
+            place(first).is_some() && place(first) < place(then),
+            "{first:?} should come before {then:?}: {steps}"
+        );
+    }
+    ensure!(steps.lines().count() == order.len(), "{steps}");
+
+    // One that comes later shares the volume, and both go on when one of them has gone.
+    let other = start(&["sleep", "1000000"])?;
+    ensure!(other.exec(&["cat", "/etc/config/extra"])?.ok()? == "..v2");
+    ensure!(other.sh("echo x > /etc/config/mine")?.code != 0);
+    watcher.remove()?;
+    volume.write("..v3", &["key"])?;
+    wait::until("the next swap", || {
+        (other.exec(&["cat", "/etc/config/key"]).ok()?.out == "..v3").then_some(())
+    })
+}
+
+/// The watcher: tells what happens in a directory until it is killed, and at each swap what is read then.
+pub fn watch_workload(dir: &Path) -> Result<()> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC)?;
+    let events = [
+        (AddWatchFlags::IN_CREATE, "created"),
+        (AddWatchFlags::IN_MOVED_FROM, "moved from"),
+        (AddWatchFlags::IN_MOVED_TO, "moved to"),
+        (AddWatchFlags::IN_DELETE, "deleted"),
+    ];
+    let all = events.iter().map(|(flag, _)| *flag).collect();
+    inotify
+        .add_watch(dir, all)
+        .with_context(|| format!("watching {}", dir.display()))?;
+    println!("ready");
+    loop {
+        for event in inotify.read_events().map_err(io::Error::from)? {
+            let name = event.name.unwrap_or_default();
+            for (_, what) in events.iter().filter(|(flag, _)| event.mask.contains(*flag)) {
+                println!("{what} {}", name.display());
+            }
+            if event.mask.contains(AddWatchFlags::IN_MOVED_TO) {
+                println!("key is {}", fs::read_to_string(dir.join("key"))?);
+            }
+        }
+    }
+}
