@@ -46,10 +46,14 @@ pub struct VmConfig {
     pub version: u32,
     /// Name for logs: the pod's id.
     pub id: String,
-    /// vCPUs, 1 to [`MAX_VCPUS`].
+    /// vCPUs that the guest boots with, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// vCPUs that it may bring online later, those included; the same as [`Self::vcpus`]: the VM keeps its size.
+    pub max_vcpus: u8,
     /// Guest RAM in MiB, at least [`MIN_MEMORY_MIB`].
     pub memory_mib: u64,
+    /// How far [`Call::SetMemory`] may raise it; the same as [`Self::memory_mib`]: the VM keeps its size.
+    pub max_memory_mib: u64,
     /// `/dev/kvm`, open for reading and writing.
     pub kvm_fd: RawFd,
     /// Uncompressed ELF `vmlinux` with a PVH note, open for reading.
@@ -126,6 +130,12 @@ pub enum Call {
         /// Target size; bounded by the guest's memory.
         target_mib: u64,
     },
+    /// Let the guest plug or unplug memory (virtio-mem) until it has this much in all. Answered at once; [`Event::MemorySet`]
+    /// follows when it has.
+    SetMemory {
+        /// Target size in MiB, [`VmConfig::memory_mib`] to [`VmConfig::max_memory_mib`].
+        target_mib: u64,
+    },
     /// Connect a network device, which has no link yet, to a tap. The tap's descriptors, one for each of its queues (at least one, at
     /// most as many as the device has pairs), come beside the request; made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and
     /// `IFF_MULTI_QUEUE` where there are several. The guest sees its link come up.
@@ -184,7 +194,7 @@ pub struct LaunchTimes {
 /// Memory of the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmInfo {
-    /// Guest RAM, bytes.
+    /// Guest RAM, bytes; what it has plugged included.
     pub memory_bytes: u64,
     /// How much of it the host has backed with pages.
     pub resident_bytes: u64,
@@ -198,6 +208,12 @@ pub struct VmInfo {
 pub enum Event {
     /// The VM is over; the VMM exits after this packet.
     Exited(VmExit),
+    /// The guest has as much memory as the last [`Call::SetMemory`] asked for. Comes once for each; not at all where the guest
+    /// does not get that far, or another call overtakes it.
+    MemorySet {
+        /// What it has, in MiB: the target, rounded up to virtio-mem's block.
+        memory_mib: u64,
+    },
 }
 
 /// Why a VM ended.
@@ -239,8 +255,14 @@ impl VmConfig {
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {
             return Err(BadConfig::Vcpus(self.vcpus));
         }
+        if !(self.vcpus..=MAX_VCPUS).contains(&self.max_vcpus) {
+            return Err(BadConfig::MaxVcpus(self.max_vcpus));
+        }
         if self.memory_mib < MIN_MEMORY_MIB {
             return Err(BadConfig::Memory(self.memory_mib));
+        }
+        if self.max_memory_mib < self.memory_mib {
+            return Err(BadConfig::MaxMemory(self.max_memory_mib));
         }
         if self.nics.len() > MAX_NICS {
             return Err(BadConfig::Nics(self.nics.len()));
@@ -275,9 +297,15 @@ pub enum BadConfig {
     /// vCPU count out of range.
     #[error("{0} vCPUs asked for: a VM has 1 to {MAX_VCPUS}")]
     Vcpus(u8),
+    /// Fewer vCPUs to grow to than at boot, or more than there can be.
+    #[error("{0} vCPUs to grow to: at least those that the VM boots with, at most {MAX_VCPUS}")]
+    MaxVcpus(u8),
     /// Too little memory.
     #[error("{0} MiB of memory asked for: a VM has at least {MIN_MEMORY_MIB} MiB")]
     Memory(u64),
+    /// Less memory to grow to than at boot.
+    #[error("{0} MiB of memory to grow to, less than the VM boots with")]
+    MaxMemory(u64),
     /// Tag does not fit.
     #[error("virtio-fs tag {0:?} does not fit: 1 to 36 bytes")]
     Tag(String),
@@ -298,7 +326,9 @@ mod tests {
             version: VERSION,
             id: "pod".into(),
             vcpus: 1,
+            max_vcpus: 4,
             memory_mib: 256,
+            max_memory_mib: 1024,
             kvm_fd: 4,
             kernel_fd: 5,
             initramfs_fd: 6,
@@ -337,7 +367,13 @@ mod tests {
         assert_eq!(with(|c| c.version = 9), Err(BadConfig::Version(9)));
         assert_eq!(with(|c| c.vcpus = 0), Err(BadConfig::Vcpus(0)));
         assert_eq!(with(|c| c.vcpus = 33), Err(BadConfig::Vcpus(33)));
+        assert_eq!(with(|c| c.max_vcpus = 0), Err(BadConfig::MaxVcpus(0)));
+        assert_eq!(with(|c| c.max_vcpus = 33), Err(BadConfig::MaxVcpus(33)));
         assert_eq!(with(|c| c.memory_mib = 63), Err(BadConfig::Memory(63)));
+        assert_eq!(
+            with(|c| c.max_memory_mib = 255),
+            Err(BadConfig::MaxMemory(255))
+        );
         assert_eq!(
             with(|c| c.shares[0].tag.clear()),
             Err(BadConfig::Tag(String::new()))

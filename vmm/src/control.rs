@@ -204,8 +204,13 @@ fn build(config: VmConfig, fds: &mut Inherited, started: u64) -> Result<Vm, Stri
 /// Answers requests until the VM ends, is stopped, or the shim goes; says how it ended.
 fn converse(channel: &Channel, vm: &mut Vm) -> Result<VmExit, ControlError> {
     loop {
-        match wait(channel.as_fd(), vm.ended())? {
+        match wait(channel.as_fd(), vm.ended(), vm.memory_set())? {
             Ready::End => return Ok(vm.exit()),
+            Ready::MemorySet => {
+                if let Some(memory_mib) = vm.take_memory_set() {
+                    channel.send(&FromVmm::Event(Event::MemorySet { memory_mib }))?;
+                }
+            }
             Ready::Request => match channel.receive()? {
                 None => return Ok(VmExit::Stopped),
                 Some((Request { id, call }, beside)) => {
@@ -229,6 +234,7 @@ fn answer(vm: &mut Vm, call: Call, beside: Beside) -> Result<Answer, String> {
         Call::AttachNic { nic } => vm
             .attach_nic(nic, beside.take()?)
             .map_err(|e| sentence(&e))?,
+        Call::SetMemory { target_mib } => vm.set_memory(target_mib).map_err(|e| sentence(&e))?,
         Call::Info => return vm.info().map(Answer::Info).map_err(|e| sentence(&e)),
         Call::Stop => vm.stop(),
     }
@@ -238,25 +244,35 @@ fn answer(vm: &mut Vm, call: Call, beside: Beside) -> Result<Answer, String> {
 enum Ready {
     /// The VM has ended. Looked at first: what the shim asks now comes too late.
     End,
+    /// The guest has the memory that it was to have.
+    MemorySet,
     /// A request, or the end of the channel.
     Request,
 }
 
-fn wait(channel: BorrowedFd<'_>, ended: BorrowedFd<'_>) -> Result<Ready, ControlError> {
-    let mut fds = [
+fn wait(
+    channel: BorrowedFd<'_>,
+    ended: BorrowedFd<'_>,
+    memory_set: Option<BorrowedFd<'_>>,
+) -> Result<Ready, ControlError> {
+    let mut fds = vec![
         PollFd::new(ended, PollFlags::POLLIN),
         PollFd::new(channel, PollFlags::POLLIN),
     ];
+    fds.extend(memory_set.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
     loop {
         match poll(&mut fds, PollTimeout::NONE) {
             Err(Errno::EINTR) => {}
             Err(error) => return Err(ControlError::Wait(error.into())),
-            Ok(_) if fds.first().is_some_and(|fd| fd.any().unwrap_or(true)) => {
-                return Ok(Ready::End);
-            }
-            Ok(_) => return Ok(Ready::Request),
+            Ok(_) => break,
         }
     }
+    let is_ready = |index: usize| fds.get(index).is_some_and(|fd| fd.any().unwrap_or(true));
+    Ok(match (is_ready(0), is_ready(2)) {
+        (true, _) => Ready::End,
+        (_, true) => Ready::MemorySet,
+        _ => Ready::Request,
+    })
 }
 
 #[cfg(test)]
@@ -388,7 +404,9 @@ mod tests {
             version: husk_protocol::vm::VERSION,
             id: "pod".into(),
             vcpus: 1,
+            max_vcpus: 1,
             memory_mib: 64,
+            max_memory_mib: 64,
             kvm_fd: 1_000_000,
             kernel_fd: 1_000_001,
             initramfs_fd: 1_000_002,

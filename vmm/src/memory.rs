@@ -48,6 +48,18 @@ pub enum MemoryError {
         #[source]
         source: vm_memory::mmap::FromRangesError,
     },
+    /// The host refused the mapping that memory would be plugged in.
+    #[error("cannot reserve addresses for {asked} MiB of memory that the guest may plug later")]
+    MapPluggable {
+        /// MiB asked for.
+        asked: u64,
+        /// What the kernel said.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// Two pieces at one address.
+    #[error("the memory that the guest may plug later overlaps its RAM")]
+    Overlap(#[source] vm_memory::GuestRegionCollectionError),
     /// The host's figures could not be read.
     #[error("cannot read how much memory the host has")]
     Sysinfo(#[source] io::Error),

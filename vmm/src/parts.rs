@@ -19,10 +19,14 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 pub struct Parts {
     /// Name for logs.
     pub id: String,
-    /// vCPUs.
+    /// vCPUs that the guest boots with.
     pub vcpus: u8,
+    /// vCPUs that it may bring online later, those included.
+    pub max_vcpus: u8,
     /// Guest RAM in MiB.
     pub memory_mib: u64,
+    /// How far that may grow, in MiB.
+    pub max_memory_mib: u64,
     /// `/dev/kvm`.
     pub kvm: OwnedFd,
     /// Uncompressed `vmlinux`.
@@ -139,7 +143,9 @@ impl Parts {
         Ok(Self {
             id: config.id,
             vcpus: config.vcpus,
+            max_vcpus: config.max_vcpus,
             memory_mib: config.memory_mib,
+            max_memory_mib: config.max_memory_mib,
             kvm: fds.take("kvm_fd", config.kvm_fd)?,
             kernel: fds.take("kernel_fd", config.kernel_fd)?.into(),
             initramfs: fds.take("initramfs_fd", config.initramfs_fd)?.into(),

@@ -75,7 +75,9 @@ pub fn run(options: Options, started: u64) -> anyhow::Result<ExitCode> {
     let parts = Parts {
         id: "standalone".into(),
         vcpus: options.cpus,
+        max_vcpus: options.cpus,
         memory_mib: options.memory,
+        max_memory_mib: options.memory,
         kvm: kvm.into(),
         kernel: open(&options.kernel)?,
         initramfs: open(&options.initramfs)?,

@@ -253,6 +253,10 @@ impl Vcpu {
             Err(error) => match error.errno() {
                 // A kick, or a vCPU that woke up before its start-up call.
                 libc::EINTR | libc::EAGAIN => return Outcome::Again,
+                libc::EFAULT => {
+                    "KVM cannot reach a page of the guest's: memory that the guest has not plugged, or that the host cannot give"
+                        .into()
+                }
                 _ => format!("KVM_RUN failed: {error}"),
             },
         };

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use husk_protocol::vm::{LaunchTimes, NicConfig, VmExit, VmInfo, nic_mac};
-use vm_memory::{GuestAddressSpace as _, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace as _;
 
 use crate::boot::{self, BootError, cmdline};
 use crate::bus::{Bus, BusDevice, BusError};
@@ -25,6 +25,7 @@ use crate::parts::{Parts, Share};
 use crate::vcpu::{Shared, VcpuError, Vcpus};
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::fs::{BadTag, Fs};
+use crate::virtio::mem::{Mem, MemHandle, Region};
 use crate::virtio::mmio::{self, MmioTransport, NewTransportError};
 use crate::virtio::net::{AttachError, Net, NicHandle};
 use crate::virtio::rng::Rng;
@@ -101,6 +102,16 @@ pub enum VmError {
         #[source]
         source: AttachError,
     },
+    /// Beyond what the VM was made for.
+    #[error("{asked} MiB of memory asked for in a VM that can have {least} to {most} MiB")]
+    Size {
+        /// MiB asked for.
+        asked: u64,
+        /// MiB of RAM at boot.
+        least: u64,
+        /// MiB that it may grow to.
+        most: u64,
+    },
 }
 
 /// A running VM. Dropping it stops it.
@@ -109,6 +120,10 @@ pub struct Vm {
     vcpus: Vcpus,
     balloon: BalloonHandle,
     nics: Vec<NicHandle>,
+    /// Where the guest may grow.
+    mem: Option<MemHandle>,
+    /// MiB of RAM: at boot, and at most.
+    memory_mib: (u64, u64),
     console: Console,
     ending: Arc<Ending>,
     memory: GuestMemory,
@@ -127,9 +142,16 @@ impl Vm {
 
         // The machine: memory, interrupt controllers, vCPUs as after a reset.
         let ram = memory::allocate(parts.memory_mib)?;
+        let (all_memory, pluggable) = match parts.max_memory_mib.saturating_sub(parts.memory_mib) {
+            0 => (ram.clone(), None),
+            mib => {
+                let region = Region::map(&ram, mib)?;
+                (region.join(&ram)?, Some(region))
+            }
+        };
         tracing::debug!("memory mapped");
-        let machine = Host::open(parts.kvm)?.create_vm(parts.vcpus, &ram)?;
-        let vcpus = (0..parts.vcpus)
+        let machine = Host::open(parts.kvm)?.create_vm(parts.max_vcpus, &all_memory)?;
+        let vcpus = (0..parts.max_vcpus)
             .map(|index| machine.create_vcpu(index))
             .collect::<Result<Vec<_>, _>>()?;
 
@@ -139,23 +161,32 @@ impl Vm {
         let ending = Arc::new(Ending::new().map_err(host("make an eventfd"))?);
         let console = Console::new(parts.console).map_err(host("start the console's thread"))?;
         let ports = ports(&machine, &console, &ending)?;
-        let memory = GuestMemory::new(ram);
+        let memory = GuestMemory::new(all_memory);
         let (balloon, balloon_handle) = Balloon::new(&memory);
         let (nics, nic_handles) = network_devices(&parts.nics);
-        let devices = virtio_devices(parts.vsock, parts.shares, balloon, nics)?;
+        let mut devices = virtio_devices(parts.vsock, parts.shares, balloon, nics)?;
+        let mem = pluggable
+            .map(|region| {
+                let (device, handle) = Mem::new(region)?;
+                devices.push(Box::new(device));
+                Ok(handle)
+            })
+            .transpose()
+            .map_err(host("make an eventfd"))?;
         let virtio_devices = devices.len();
         let mmio = mmio_bus(&machine, devices, &memory, &ending)?;
 
         tracing::debug!("devices made");
 
         // What it boots.
+        let boot_cpus = (parts.vcpus < parts.max_vcpus).then_some(parts.vcpus);
         let entry = boot::load(
-            &memory.memory(),
+            &ram,
             boot::Source {
                 kernel: &mut parts.kernel,
                 initramfs: &mut parts.initramfs,
-                cmdline: &cmdline::compose(&parts.kernel_params, parts.debug_console),
-                vcpus: parts.vcpus,
+                cmdline: &cmdline::compose(&parts.kernel_params, parts.debug_console, boot_cpus),
+                vcpus: parts.max_vcpus,
                 virtio_devices,
             },
         )?;
@@ -163,7 +194,7 @@ impl Vm {
         let vm_built = clock::monotonic();
 
         // Off it goes.
-        let shared = Shared::new(ports, mmio, Arc::clone(&ending), parts.vcpus);
+        let shared = Shared::new(ports, mmio, Arc::clone(&ending), parts.max_vcpus);
         let vcpus = Vcpus::start(vcpus, entry, shared)?;
         let times = LaunchTimes {
             process_started,
@@ -181,6 +212,8 @@ impl Vm {
             vcpus,
             balloon: balloon_handle,
             nics: nic_handles,
+            mem,
+            memory_mib: (parts.memory_mib, parts.max_memory_mib),
             console,
             ending,
             memory,
@@ -226,7 +259,7 @@ impl Vm {
     /// # Errors
     /// More than the guest has.
     pub fn set_balloon(&mut self, target_mib: u64) -> Result<(), VmError> {
-        let most = memory::total_bytes(&self.ram()) >> 20;
+        let most = self.has_mib();
         let too_much = VmError::Balloon {
             asked: target_mib,
             most,
@@ -247,15 +280,52 @@ impl Vm {
         attach(&self.nics, nic, taps)
     }
 
+    /// Lets the guest plug or unplug memory until it has `target_mib` MiB in all. [`Self::memory_set`] tells when it has.
+    ///
+    /// # Errors
+    /// Beyond what the VM was made for.
+    pub fn set_memory(&mut self, target_mib: u64) -> Result<(), VmError> {
+        let (least, most) = self.memory_mib;
+        let mem = self
+            .mem
+            .as_ref()
+            .filter(|_| (least..=most).contains(&target_mib))
+            .ok_or(VmError::Size {
+                asked: target_mib,
+                least,
+                most,
+            })?;
+        // Fits: such a region has been mapped.
+        mem.request((target_mib - least) << 20);
+        Ok(())
+    }
+
+    /// Readable when the guest has as much memory as was last asked for; `None` where it cannot grow.
+    #[must_use]
+    pub fn memory_set(&self) -> Option<BorrowedFd<'_>> {
+        self.mem.as_ref().map(MemHandle::reached)
+    }
+
+    /// Takes that signal off: MiB that the guest has, `None` if there was no signal.
+    pub fn take_memory_set(&mut self) -> Option<u64> {
+        let is_set = self.mem.as_ref().is_some_and(MemHandle::take_reached);
+        is_set.then(|| self.has_mib())
+    }
+
+    /// MiB of RAM that the guest has.
+    fn has_mib(&self) -> u64 {
+        let plugged = self.mem.as_ref().map_or(0, MemHandle::plugged_bytes);
+        self.memory_mib.0 + (plugged >> 20)
+    }
+
     /// Memory figures.
     ///
     /// # Errors
     /// The host's kernel does not tell.
     pub fn info(&self) -> Result<VmInfo, VmError> {
-        let ram = self.ram();
         Ok(VmInfo {
-            memory_bytes: memory::total_bytes(&ram),
-            resident_bytes: memory::resident_bytes(&ram)?,
+            memory_bytes: self.has_mib() << 20,
+            resident_bytes: memory::resident_bytes(&self.memory.memory())?,
             balloon_bytes: u64::from(self.balloon.held_pages()) * BALLOON_PAGE,
         })
     }
@@ -275,10 +345,6 @@ impl Vm {
             },
             Some(Cause::Failed(detail)) => VmExit::Failed { detail },
         }
-    }
-
-    fn ram(&self) -> impl std::ops::Deref<Target = GuestMemoryMmap> {
-        self.memory.memory()
     }
 }
 
@@ -326,9 +392,6 @@ fn virtio_devices(
     for nic in nics {
         devices.push(Box::new(nic));
     }
-    if devices.len() > layout::MAX_VIRTIO_DEVICES {
-        return Err(VmError::TooManyDevices(devices.len()));
-    }
     Ok(devices)
 }
 
@@ -357,6 +420,9 @@ fn mmio_bus(
     memory: &GuestMemory,
     ending: &Arc<Ending>,
 ) -> Result<Bus, VmError> {
+    if devices.len() > layout::MAX_VIRTIO_DEVICES {
+        return Err(VmError::TooManyDevices(devices.len()));
+    }
     let mut bus = Bus::default();
     let windows = (layout::VIRTIO_MMIO_START..).step_by(layout::VIRTIO_MMIO_SIZE as usize);
     for ((device, base), gsi) in devices

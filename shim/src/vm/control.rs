@@ -124,6 +124,7 @@ impl Control {
                     }
                 }
                 Ok(FromVmm::Event(Event::Exited(why))) => exit = Some(why),
+                Ok(FromVmm::Event(Event::MemorySet { .. })) => {}
                 Err(error) => warn!(%error, "husk-vmm sent a message that is none"),
             }
         }

@@ -302,6 +302,10 @@ mod tests {
             let madt = table(&memory, pointer(&xsdt, 44));
             assert_eq!(&madt[..4], b"APIC");
             assert_eq!(madt.len(), 44 + usize::from(vcpus) * 8 + 12);
+            // All are enabled, also those that stay offline at boot: Linux takes no others for present.
+            for (cpu, entry) in (0..vcpus).zip(madt[44..].chunks(8)) {
+                assert_eq!(entry, [0, 8, cpu, cpu, 1, 0, 0, 0]);
+            }
             if let Some(dir) = std::env::var_os("HUSK_ACPI_DUMP") {
                 let dir = std::path::PathBuf::from(dir);
                 for (name, table) in [

@@ -32,13 +32,15 @@ pub enum CmdlineError {
     Nul,
 }
 
-/// The command line: ours, then the user's `extra`, which wins where both set something.
+/// The command line: ours, then the user's `extra`, which wins where both set something. With `boot_cpus` the guest boots with
+/// that many of its CPUs and leaves the others to be brought online later.
 #[must_use]
-pub fn compose(extra: &str, debug_console: bool) -> String {
+pub fn compose(extra: &str, debug_console: bool, boot_cpus: Option<u8>) -> String {
     let console = if debug_console { DEBUG } else { QUIET };
+    let cpus = boot_cpus.map_or_else(String::new, |cpus| format!(" maxcpus={cpus}"));
     let extra = extra.trim();
     let space = if extra.is_empty() { "" } else { " " };
-    format!("{BASE} {console}{space}{extra}")
+    format!("{BASE} {console}{cpus}{space}{extra}")
 }
 
 /// The bytes for guest memory.
@@ -61,9 +63,15 @@ mod tests {
 
     #[test]
     fn the_users_parameters_come_last() {
-        assert!(compose(" loglevel=7\n", false).ends_with("quiet loglevel=1 loglevel=7"));
-        assert!(compose("", true).ends_with("ignore_loglevel"));
-        assert!(!compose("", true).contains("quiet"));
+        assert!(compose(" loglevel=7\n", false, None).ends_with("quiet loglevel=1 loglevel=7"));
+        assert!(compose("", true, None).ends_with("ignore_loglevel"));
+        assert!(!compose("", true, None).contains("quiet"));
+    }
+
+    #[test]
+    fn cpus_for_later_stay_offline_at_boot() {
+        assert!(compose("x", false, Some(2)).ends_with(" maxcpus=2 x"));
+        assert!(!compose("x", false, None).contains("maxcpus"));
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub struct Source<'a> {
     pub initramfs: &'a mut File,
     /// Kernel command line, without a NUL.
     pub cmdline: &'a str,
-    /// vCPUs.
+    /// vCPUs that the guest may ever have.
     pub vcpus: u8,
     /// virtio-mmio devices, which sit one after the other from [`layout::VIRTIO_MMIO_START`].
     pub virtio_devices: usize,

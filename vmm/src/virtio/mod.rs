@@ -7,6 +7,7 @@
 
 pub mod balloon;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;

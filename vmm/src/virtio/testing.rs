@@ -296,7 +296,10 @@ impl Guest {
 #[allow(unsafe_code, reason = "EventFd offers no AsFd")]
 pub fn wait_readable(event: &EventFd) {
     // SAFETY: the fd is open as long as `event` is borrowed.
-    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    wait_readable_fd(unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) });
+}
+
+pub fn wait_readable_fd(fd: BorrowedFd<'_>) {
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     let count = poll(&mut fds, PollTimeout::from(PATIENCE_MS)).unwrap();
     assert!(count > 0, "the device does not answer");
