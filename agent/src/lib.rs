@@ -11,6 +11,7 @@ pub mod clock;
 pub mod connection;
 pub mod container;
 pub mod containers;
+pub mod cpus;
 pub mod dial;
 pub mod error;
 pub mod events;

@@ -4,6 +4,7 @@
 //! done runs as a task of its own and is only awaited here.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,8 +13,8 @@ use husk_protocol::agent::{
     Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
     ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, Network, OomKill, ProcessInfo,
-    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, SyncVolumeRequest,
-    UpdateContainerRequest, WaitProcessResponse, create_agent, event,
+    ProcessRequest, ResizeRequest, ResizeResponse, ResizeTerminalRequest, SignalProcessRequest,
+    SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse, create_agent, event,
 };
 use husk_protocol::guest_path;
 use tokio::sync::Notify;
@@ -22,6 +23,7 @@ use ttrpc::r#async::{Server, TtrpcContext};
 
 use crate::connection::Connection;
 use crate::containers::Containers;
+use crate::cpus;
 use crate::dial::Host;
 use crate::error::AgentError;
 use crate::events::{Events, OomWatch};
@@ -172,6 +174,25 @@ impl<R: Runtime> Agent for Service<R> {
         })
         .await?;
         Ok(Empty::new())
+    }
+
+    async fn resize(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeRequest,
+    ) -> ttrpc::Result<ResizeResponse> {
+        let wanted = request.online_cpus;
+        let online = to_its_end(async move {
+            tokio::task::spawn_blocking(move || cpus::bring_online(Path::new(cpus::SYSFS), wanted))
+                .await
+                .unwrap_or_else(|e| Err(io::Error::other(e)))
+                .map_err(|e| AgentError::guest(format!("bringing {wanted} CPUs online"), e))
+        })
+        .await?;
+        Ok(ResizeResponse {
+            online_cpus: online,
+            ..Default::default()
+        })
     }
 
     async fn create_container(

@@ -164,15 +164,9 @@ impl Vm {
         let memory = GuestMemory::new(all_memory);
         let (balloon, balloon_handle) = Balloon::new(&memory);
         let (nics, nic_handles) = network_devices(&parts.nics);
-        let mut devices = virtio_devices(parts.vsock, parts.shares, balloon, nics)?;
-        let mem = pluggable
-            .map(|region| {
-                let (device, handle) = Mem::new(region)?;
-                devices.push(Box::new(device));
-                Ok(handle)
-            })
-            .transpose()
-            .map_err(host("make an eventfd"))?;
+        let pluggable = pluggable.map(Mem::new).transpose();
+        let (pluggable, mem) = pluggable.map_err(host("make an eventfd"))?.unzip();
+        let devices = virtio_devices(parts.vsock, parts.shares, balloon, nics, pluggable)?;
         let virtio_devices = devices.len();
         let mmio = mmio_bus(&machine, devices, &memory, &ending)?;
 
@@ -378,6 +372,7 @@ fn virtio_devices(
     shares: Vec<Share>,
     balloon: Balloon,
     nics: Vec<Net>,
+    mem: Option<Mem>,
 ) -> Result<Vec<Box<dyn VirtioDevice>>, VmError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = vec![
         Box::new(Vsock::new(GUEST_CID, vsock)),
@@ -391,6 +386,12 @@ fn virtio_devices(
     }
     for nic in nics {
         devices.push(Box::new(nic));
+    }
+    if let Some(mem) = mem {
+        devices.push(Box::new(mem));
+    }
+    if devices.len() > layout::MAX_VIRTIO_DEVICES {
+        return Err(VmError::TooManyDevices(devices.len()));
     }
     Ok(devices)
 }
@@ -420,9 +421,6 @@ fn mmio_bus(
     memory: &GuestMemory,
     ending: &Arc<Ending>,
 ) -> Result<Bus, VmError> {
-    if devices.len() > layout::MAX_VIRTIO_DEVICES {
-        return Err(VmError::TooManyDevices(devices.len()));
-    }
     let mut bus = Bus::default();
     let windows = (layout::VIRTIO_MMIO_START..).step_by(layout::VIRTIO_MMIO_SIZE as usize);
     for ((device, base), gsi) in devices
@@ -484,10 +482,16 @@ mod tests {
             let memory = GuestMemory::new(testing::memory());
             let (bridge, _) = std::os::unix::net::UnixDatagram::pair().unwrap();
             let nics: Vec<_> = (0..nics).map(|_| Net::new(nic_mac(0), 1).0).collect();
-            virtio_devices(bridge.into(), Vec::new(), Balloon::new(&memory).0, nics)
+            virtio_devices(
+                bridge.into(),
+                Vec::new(),
+                Balloon::new(&memory).0,
+                nics,
+                None,
+            )
         };
         let ids: Vec<_> = devices(2).unwrap().iter().map(|d| d.device_id()).collect();
-        // Vsock, entropy, balloon, and the network last.
+        // Vsock, entropy, balloon, and the network behind them.
         assert_eq!(ids, [19, 4, 5, 1, 1]);
         let most = layout::MAX_VIRTIO_DEVICES as u16;
         assert!(devices(most - 3).is_ok());
