@@ -8,8 +8,8 @@ use std::{future::Future, time::Duration};
 use husk_protocol::agent::{
     AgentClient, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateSandboxRequest, CreateSandboxResponse, Empty, Event, ExecProcessRequest, Network,
-    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio, SyncVolumeRequest,
-    UpdateContainerRequest, WaitProcessResponse,
+    ProcessRequest, ResizeRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio,
+    SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse,
 };
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{r#async::Client, asynchronous::transport::Socket, context::Context};
@@ -113,6 +113,20 @@ impl Agent {
         self.call("set the guest's network up", Some(ON_THE_SPOT), call)
             .await
             .map(drop)
+    }
+
+    /// Brings vCPUs online until this many are; returns how many are.
+    ///
+    /// # Errors
+    /// As [`Self::create_sandbox`].
+    pub async fn bring_online(&self, vcpus: u8) -> Result<u32, TaskError> {
+        let request = ResizeRequest {
+            online_cpus: vcpus.into(),
+            ..Default::default()
+        };
+        let call = self.client.resize(Context::default(), &request);
+        let answer = self.call("bring vCPUs online", Some(SET_UP), call).await?;
+        Ok(answer.online_cpus)
     }
 
     /// Sets a container up. `joins` is the one whose namespaces its spec joins; empty where it joins none.

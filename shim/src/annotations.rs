@@ -19,6 +19,10 @@ pub enum Annotation {
     Vcpus,
     /// `io.husk.memory_mib`: memory of the pod's VM in MiB, whatever its limits say.
     MemoryMib,
+    /// `io.husk.max_vcpus`: vCPUs that the pod's VM may grow to.
+    MaxVcpus,
+    /// `io.husk.max_memory_mib`: memory in MiB that the pod's VM may grow to.
+    MaxMemoryMib,
     /// `io.husk.kernel_params`: appended to the guest kernel's command line.
     KernelParams,
     /// `io.husk.debug_console`: `true` or `false`.
@@ -26,9 +30,11 @@ pub enum Annotation {
 }
 
 impl Annotation {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 6] = [
         Self::Vcpus,
         Self::MemoryMib,
+        Self::MaxVcpus,
+        Self::MaxMemoryMib,
         Self::KernelParams,
         Self::DebugConsole,
     ];
@@ -37,6 +43,8 @@ impl Annotation {
         match self {
             Self::Vcpus => "vcpus",
             Self::MemoryMib => "memory_mib",
+            Self::MaxVcpus => "max_vcpus",
+            Self::MaxMemoryMib => "max_memory_mib",
             Self::KernelParams => "kernel_params",
             Self::DebugConsole => "debug_console",
         }
@@ -50,6 +58,10 @@ pub struct Overrides {
     pub vcpus: Option<u8>,
     /// Memory in MiB, within the node's maximum.
     pub memory_mib: Option<u64>,
+    /// vCPUs to grow to, within the node's maximum.
+    pub max_vcpus: Option<u8>,
+    /// Memory to grow to in MiB, within the node's maximum.
+    pub max_memory_mib: Option<u64>,
     /// Appended after the node's `kernel_params`.
     pub kernel_params: Option<String>,
     /// Replaces the node's `debug_console`.
@@ -91,6 +103,13 @@ impl Config {
                 }
                 Annotation::MemoryMib => {
                     overrides.memory_mib =
+                        Some(in_range(value, MIN_MEMORY_MIB, self.max_memory_mib).map_err(error)?);
+                }
+                Annotation::MaxVcpus => {
+                    overrides.max_vcpus = Some(in_range(value, 1, self.max_vcpus).map_err(error)?);
+                }
+                Annotation::MaxMemoryMib => {
+                    overrides.max_memory_mib =
                         Some(in_range(value, MIN_MEMORY_MIB, self.max_memory_mib).map_err(error)?);
                 }
                 Annotation::KernelParams => overrides.kernel_params = Some(value.clone()),
@@ -138,10 +157,12 @@ mod tests {
 
     #[test]
     fn annotations_count_where_the_node_allows_them() {
-        let all = "max_vcpus = 4\nmax_memory_mib = 1024\nenabled_annotations = [\"vcpus\", \"memory_mib\", \"debug_console\", \"kernel_params\"]";
+        let all = "max_vcpus = 4\nmax_memory_mib = 1024\nenabled_annotations = [\"vcpus\", \"memory_mib\", \"max_vcpus\", \"max_memory_mib\", \"debug_console\", \"kernel_params\"]";
         let given = [
             ("io.husk.vcpus", "2"),
             ("io.husk.memory_mib", "1024"),
+            ("io.husk.max_vcpus", "4"),
+            ("io.husk.max_memory_mib", "512"),
             ("io.husk.debug_console", "true"),
             ("io.husk.kernel_params", "quiet"),
             ("io.kubernetes.cri.container-type", "sandbox"),
@@ -152,6 +173,8 @@ mod tests {
             Overrides {
                 vcpus: Some(2),
                 memory_mib: Some(1024),
+                max_vcpus: Some(4),
+                max_memory_mib: Some(512),
                 kernel_params: Some("quiet".into()),
                 debug_console: Some(true)
             }
@@ -168,6 +191,8 @@ mod tests {
         );
         let message = overrides(all, &[("io.husk.vcpus", "5")]).unwrap_err();
         assert!(message.contains("from 1 to 4"), "{message}");
+        let message = overrides(all, &[("io.husk.max_memory_mib", "1025")]).unwrap_err();
+        assert!(message.contains("from 64 to 1024"), "{message}");
         let message = overrides(all, &[("io.husk.debug_console", "yes")]).unwrap_err();
         assert!(message.contains("true or false"), "{message}");
     }

@@ -39,6 +39,10 @@ pub struct Config {
     pub max_vcpus: u8,
     /// Most guest memory a pod gets, in MiB. The machine's memory by default.
     pub max_memory_mib: u64,
+    /// vCPUs that a running pod's VM may grow to; 0: it keeps those it was started with.
+    pub grow_vcpus: u8,
+    /// MiB of memory that a running pod's VM may grow to; 0: it keeps what it was started with.
+    pub grow_memory_mib: u64,
     /// virtio-fs cache policy of the pod's share.
     pub cache: CachePolicy,
     /// Appended to the guest kernel's command line.
@@ -84,6 +88,8 @@ struct File {
     default_memory_mib: Option<Spanned<i64>>,
     max_vcpus: Option<Spanned<i64>>,
     max_memory_mib: Option<Spanned<i64>>,
+    grow_vcpus: Option<Spanned<i64>>,
+    grow_memory_mib: Option<Spanned<i64>>,
     cache: Option<CachePolicy>,
     kernel_params: Option<String>,
     debug_console: Option<bool>,
@@ -142,6 +148,8 @@ impl Default for Config {
             max_memory_mib: host_memory_mib()
                 .unwrap_or(MEMORY_CEILING_MIB)
                 .max(MIN_MEMORY_MIB),
+            grow_vcpus: 0,
+            grow_memory_mib: 0,
             cache: CachePolicy::Auto,
             kernel_params: String::new(),
             debug_console: false,
@@ -211,6 +219,18 @@ impl Config {
             MIN_MEMORY_MIB,
             config.max_memory_mib,
             &mut config.default_memory_mib,
+        )?;
+        reader.number(
+            &file.grow_vcpus,
+            0,
+            config.max_vcpus,
+            &mut config.grow_vcpus,
+        )?;
+        reader.number(
+            &file.grow_memory_mib,
+            0,
+            config.max_memory_mib,
+            &mut config.grow_memory_mib,
         )?;
         let mut timeout_ms = 0_u64;
         reader.number(&file.start_timeout_ms, 100, 600_000, &mut timeout_ms)?;
@@ -399,6 +419,11 @@ mod tests {
         );
         let message = error("kernel = \"/a\"\nthis is no toml\n");
         assert!(message.contains("line 2"), "{message}");
+        let message = error("max_memory_mib = 512\ngrow_memory_mib = 513");
+        assert!(
+            message.contains("line 2, key grow_memory_mib") && message.contains("0 to 512"),
+            "{message}"
+        );
         let message = error("max_vcpus = 2\ndefault_vcpus = 3");
         assert!(
             message.contains("line 2, key default_vcpus") && message.contains("1 to 2"),

@@ -31,6 +31,7 @@ use crate::{
     config::Config,
     context::ShimContext,
     error::{TaskError, chain},
+    growth::{Growth, TooSmall},
     network::{self, Network, late::Late, model::Found},
     phase::{Phase, PhaseSender, PhaseWatch},
     pod::{PodSource, PodSpec},
@@ -67,7 +68,7 @@ pub struct Sandbox {
     streams: Streams,
     phase: PhaseSender,
     machine: OnceLock<Arc<dyn Machine>>,
-    size: OnceLock<Size>,
+    growth: Growth,
     network: OnceLock<Arc<Network>>,
     /// Whoever looks for a network that was not there at the start.
     late: OnceLock<Late>,
@@ -91,7 +92,7 @@ impl Sandbox {
             streams: Streams::default(),
             phase: PhaseSender::default(),
             machine: OnceLock::new(),
-            size: OnceLock::new(),
+            growth: Growth::new(default_size(&context.config)),
             network: OnceLock::new(),
             late: OnceLock::new(),
             doom: OnceLock::new(),
@@ -134,16 +135,27 @@ impl Sandbox {
         &self.timeline
     }
 
-    /// The VM's size, once it is known.
-    pub fn size(&self) -> Option<Size> {
-        self.size.get().copied()
-    }
-
     /// vCPUs of the VM; those of the configuration before it is known.
     pub fn vcpus(&self) -> u8 {
-        self.size
-            .get()
-            .map_or(self.config.default_vcpus, |size| size.vcpus)
+        self.growth.has().vcpus
+    }
+
+    /// What the containers may use, and the size of the VM.
+    pub fn growth(&self) -> &Growth {
+        &self.growth
+    }
+
+    /// Makes the VM fit what its containers may use, as far as it may grow. Returns when it does, cannot, or has ended.
+    ///
+    /// # Errors
+    /// [`TooSmall`]: it still does not fit.
+    pub async fn fit(&self) -> Result<(), TooSmall> {
+        let pod = self.phase();
+        tokio::select! {
+            result = self.growth.fit() => result,
+            // What comes next says so.
+            _ = pod.gone() => Ok(()),
+        }
     }
 
     /// The VMM's pid, which stands for every process in the guest; the shim's own before there is one. Never 0.
@@ -156,6 +168,7 @@ impl Sandbox {
     async fn bring_up(self: Arc<Self>, source: PodSource) {
         match self.boot(source).await {
             Ok(agent) => {
+                self.let_grow(agent.clone());
                 if !self.phase.advance(Phase::Running(agent)) {
                     debug!("the guest is ready, but the pod is being stopped already");
                 }
@@ -173,6 +186,21 @@ impl Sandbox {
             }
         }
         self.settled.send_replace(true);
+    }
+
+    /// From here on the VM grows as it is needed, until it has gone.
+    fn let_grow(self: &Arc<Self>, agent: Agent) {
+        let Some(machine) = self.machine.get().cloned() else {
+            return;
+        };
+        let sandbox = Arc::clone(self);
+        tokio::spawn(async move {
+            let pod = sandbox.phase();
+            tokio::select! {
+                () = sandbox.growth.follow(machine, agent) => {}
+                _ = pod.gone() => {}
+            }
+        });
     }
 
     /// The start, top to bottom.
@@ -325,7 +353,7 @@ impl Sandbox {
         let plan = planned
             .await
             .map_err(|e| VmError::Other(format!("cannot plan the VM: {e}")))??;
-        let _ = self.size.set(plan.size);
+        self.growth.planned(plan.size, plan.max);
         Ok(plan)
     }
 
@@ -493,16 +521,20 @@ impl Sandbox {
     }
 }
 
+fn default_size(config: &Config) -> Size {
+    Size {
+        vcpus: config.default_vcpus,
+        memory_mib: config.default_memory_mib,
+    }
+}
+
 /// Size and parameters, from the pod's limits and annotations and the node's settings.
 fn plan_for(spec: &PodSpec, config: &Config, id: String) -> Result<LaunchPlan, VmError> {
     let overrides = config
         .overrides(&spec.annotations)
         .map_err(|e| VmError::Other(e.to_string()))?;
     let bounds = Bounds {
-        default: Size {
-            vcpus: config.default_vcpus,
-            memory_mib: config.default_memory_mib,
-        },
+        default: default_size(config),
         max: Size {
             vcpus: config.max_vcpus,
             memory_mib: config.max_memory_mib,
@@ -511,6 +543,10 @@ fn plan_for(spec: &PodSpec, config: &Config, id: String) -> Result<LaunchPlan, V
     let mut size = sizing::size(&spec.hints, &bounds);
     size.vcpus = overrides.vcpus.unwrap_or(size.vcpus);
     size.memory_mib = overrides.memory_mib.unwrap_or(size.memory_mib);
+    let max = Size {
+        vcpus: overrides.max_vcpus.unwrap_or(config.grow_vcpus),
+        memory_mib: overrides.max_memory_mib.unwrap_or(config.grow_memory_mib),
+    };
     let params: Vec<&str> = [
         Some(config.kernel_params.as_str()),
         overrides.kernel_params.as_deref(),
@@ -522,6 +558,7 @@ fn plan_for(spec: &PodSpec, config: &Config, id: String) -> Result<LaunchPlan, V
     Ok(LaunchPlan {
         id,
         size,
+        max: max.at_least(size),
         kernel_params: params.join(" "),
         debug_console: overrides.debug_console.unwrap_or(config.debug_console),
         nics: Vec::new(),

@@ -30,6 +30,26 @@ pub struct Size {
     pub memory_mib: u64,
 }
 
+impl Size {
+    /// No part is larger than that of `max`.
+    #[must_use]
+    pub fn at_most(self, max: Self) -> Self {
+        Self {
+            vcpus: self.vcpus.min(max.vcpus),
+            memory_mib: self.memory_mib.min(max.memory_mib),
+        }
+    }
+
+    /// No part is smaller than that of `min`.
+    #[must_use]
+    pub fn at_least(self, min: Self) -> Self {
+        Self {
+            vcpus: self.vcpus.max(min.vcpus),
+            memory_mib: self.memory_mib.max(min.memory_mib),
+        }
+    }
+}
+
 /// The node's settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
@@ -75,7 +95,8 @@ impl Hints {
         })
     }
 
-    fn memory_mib(&self) -> Option<u64> {
+    /// MiB of a VM in which this limit can be reached; `None` without a limit.
+    pub fn memory_mib(&self) -> Option<u64> {
         let limit = u64::try_from(self.memory_limit).ok().filter(|&l| l > 0)?;
         let limit = limit.div_ceil(MIB);
         Some(
@@ -85,15 +106,28 @@ impl Hints {
         )
     }
 
-    fn vcpus(&self, default: u8) -> u64 {
+    /// Thousandths of a CPU that the quota allows, on the CPUs that the cpuset allows; 0 without a quota.
+    pub fn milli_cpus(&self) -> u64 {
         let quota = u64::try_from(self.cpu_quota).unwrap_or(0);
-        let period = if self.cpu_period == 0 {
-            100_000
-        } else {
-            self.cpu_period
-        };
+        let allowed = quota.saturating_mul(1000).div_ceil(self.period());
+        match self.cpuset_cpus {
+            0 => allowed,
+            cpus => allowed.min(u64::from(cpus) * 1000),
+        }
+    }
+
+    fn period(&self) -> u64 {
+        match self.cpu_period {
+            0 => 100_000,
+            period => period,
+        }
+    }
+
+    /// vCPUs that can use these up; `default` where nothing is said.
+    pub fn vcpus(&self, default: u8) -> u64 {
+        let quota = u64::try_from(self.cpu_quota).unwrap_or(0);
         let wanted = if quota > 0 {
-            quota.div_ceil(period)
+            quota.div_ceil(self.period())
         } else {
             // Shares are a request, not a limit: they can ask for more than the default, not for less.
             (self.cpu_shares / SHARES_PER_CPU).max(u64::from(default))

@@ -6,6 +6,9 @@
 //! does not honour), so the rewriting works on the JSON value; typed is only what the shim reads for itself.
 
 mod files;
+mod mounts;
+mod pod;
+mod resources;
 
 use std::{
     collections::HashMap,
@@ -14,6 +17,7 @@ use std::{
 
 pub use mounts::BindMount;
 pub use pod::{DEFAULT_SHM_SIZE, NotInVm};
+pub use resources::Resources;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
@@ -24,9 +28,6 @@ use crate::{
     sizing::{self, Hints},
     volume,
 };
-
-mod mounts;
-mod pod;
 
 /// Name of the spec in a bundle.
 const CONFIG: &str = "config.json";
@@ -116,28 +117,6 @@ struct Namespace {
     #[serde(rename = "type")]
     typ: String,
     path: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-struct Resources {
-    memory: Option<Memory>,
-    cpu: Option<Cpu>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-struct Memory {
-    limit: Option<i64>,
-}
-
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-struct Cpu {
-    shares: Option<u64>,
-    quota: Option<i64>,
-    period: Option<u64>,
-    cpus: Option<String>,
 }
 
 /// The network that a spec asks for.
@@ -256,17 +235,14 @@ impl BundleSpec {
 
     /// What the VM must offer: the pod's annotations where there are any, else this container's limits.
     pub fn hints(&self) -> Hints {
-        let linux = self.read.linux.clone().unwrap_or_default();
-        let resources = linux.resources.unwrap_or_default();
-        let cpu = resources.cpu.unwrap_or_default();
-        let own = Hints {
-            memory_limit: resources.memory.and_then(|m| m.limit).unwrap_or(0),
-            cpu_quota: cpu.quota.unwrap_or(0),
-            cpu_period: cpu.period.unwrap_or(0),
-            cpu_shares: cpu.shares.unwrap_or(0),
-            cpuset_cpus: sizing::count_cpus(&cpu.cpus.unwrap_or_default()),
-        };
-        Hints::from_annotations(&self.annotations()).unwrap_or(own)
+        Hints::from_annotations(&self.annotations()).unwrap_or_else(|| self.own_hints())
+    }
+
+    /// This container's limits.
+    pub fn own_hints(&self) -> Hints {
+        let linux = self.read.linux.as_ref();
+        let resources = linux.and_then(|linux| linux.resources.as_ref());
+        resources.map_or_else(Hints::default, |r| r.applied_to(Hints::default()))
     }
 
     /// Volumes that the kubelet keeps up to date and that the container only reads: place in the spec's list and directory.

@@ -12,7 +12,7 @@ use crate::{
     error::TaskError,
     lifecycle::{Exit, Lifecycle, Stage},
     phase::Phase,
-    spec,
+    spec::{self, Resources},
     stdio::StdioPaths,
 };
 
@@ -185,18 +185,33 @@ impl Container {
         Ok(())
     }
 
-    /// Update.
+    /// Update. The VM grows first, where it has to and may: a limit beyond what it has is taken as runc takes one beyond the machine.
     ///
     /// # Errors
     /// InvalidArgument for resources that are no JSON, or the agent's reason.
     pub async fn update(&self, resources_json: &[u8]) -> Result<(), TaskError> {
         let invalid =
             |e: serde_json::Error| TaskError::invalid_argument(format!("invalid resources: {e}"));
+        let limits = Resources::of_update(resources_json).map_err(invalid)?;
+        self.check_alive()?;
+        let agent = self.agent().await?;
+        let growth = self.sandbox.growth();
+        let before = growth.change(&self.id, |hints| limits.applied_to(hints));
+        if let Err(error) = self.sandbox.fit().await {
+            warn!(
+                container = self.id,
+                "{error}: the new limits hold all the same"
+            );
+        }
+        // With the vCPUs that there are now.
         let resources =
             spec::update_resources(resources_json, self.sandbox.vcpus()).map_err(invalid)?;
         let json = serde_json::to_vec(&resources).map_err(invalid)?;
-        self.check_alive()?;
-        self.agent().await?.update_container(&self.id, json).await
+        let updated = agent.update_container(&self.id, json).await;
+        if let (Err(_), Some(before)) = (&updated, before) {
+            growth.set(&self.id, before);
+        }
+        updated
     }
 
     /// Stats.

@@ -117,6 +117,7 @@ impl Container {
         // Also when the VM has gone: every other process has a reaper that waits for its last output, or a start that fails.
         self.change(|life| life.ended(&exec_id, exit));
         if exec_id.is_empty() {
+            self.sandbox.growth().forget(&self.id);
             self.end_execs(&agent).await;
         }
     }

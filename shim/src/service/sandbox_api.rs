@@ -232,7 +232,7 @@ impl SandboxService {
             Stage::Stopping | Stage::Over => "stopped",
         };
         let info = json!({"pid": pid, "processStatus": status, "runtimeType": RUNTIME});
-        let size = self.tasks.sandbox().size();
+        let size = self.tasks.sandbox().growth().size();
         let vm = size.map(|size| json!({"vcpus": size.vcpus, "memory_mib": size.memory_mib}));
         [("info", Some(info)), ("vm", vm)]
             .into_iter()
@@ -366,7 +366,10 @@ impl Sandbox for SandboxService {
             TaskError::failed(format!("cannot measure the sandbox's VM: {e}"))
         };
         let sandbox = self.tasks.sandbox();
-        let memory = sandbox.size().map_or(0, |size| size.memory_mib << 20);
+        let memory = sandbox
+            .growth()
+            .size()
+            .map_or(0, |size| size.memory_mib << 20);
         let figures = stats::of_process(sandbox.pid(), memory).map_err(|e| failed(&e))?;
         let data = stats::metrics(&figures, cgroup::is_unified()).map_err(|e| failed(&e))?;
         let mut response = SandboxMetricsResponse::new();

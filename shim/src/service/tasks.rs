@@ -15,12 +15,13 @@ use tokio::{
     sync::{OnceCell, watch},
     time::{sleep, timeout},
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     agent::Agent,
     container::{Container, Parts},
     context::ShimContext,
+    demand::Demand,
     error::{TaskError, chain},
     etc::PodFiles,
     lifecycle::Exit,
@@ -141,6 +142,8 @@ impl Tasks {
             .map_err(|e| TaskError::failed(format!("cannot write the pod's files: {e}")))?
             .map_err(|e| TaskError::failed(e.to_string()))?;
         let _ = self.files.set(files);
+        let id = &self.context.sandbox_id;
+        self.sandbox.growth().set(id, Demand::of_pod(&pod));
         self.bring_up(PodSource::Request(Box::new(pod)));
         Ok(())
     }
@@ -200,6 +203,7 @@ impl Tasks {
         let created = Box::pin(self.create_in_slot(request, &creation)).await;
         if let Err(error) = &created {
             warn!(container = id, %error, "the container cannot be created");
+            self.sandbox.growth().forget(&id);
             self.slots().remove(&id);
             self.stop_if_empty();
         }
@@ -253,6 +257,16 @@ impl Tasks {
             error = cancelled() => return Err(error),
             agent = phase.agent() => agent.map_err(|reason| TaskError::failed(reason.to_string()))?,
         };
+        self.sandbox
+            .growth()
+            .set(&request.id, Demand::of_spec(spec));
+        tokio::select! {
+            biased;
+            error = cancelled() => return Err(error),
+            fitted = self.sandbox.fit() => if let Err(error) = fitted {
+                info!(container = request.id, "{error}");
+            }
+        }
         self.sandbox.refresh_network().await?;
         let pause = self.get(&self.context.sandbox_id).ok();
         let parts = Parts {
@@ -381,6 +395,7 @@ impl Tasks {
         }
         self.volumes.detach(id);
         container.announce_delete(exit);
+        self.sandbox.growth().forget(id);
         let (pod, name) = (self.context.pod.clone(), id.to_owned());
         // Waited for: a Shutdown that follows removes the directory in which it writes.
         let forgotten = tokio::task::spawn_blocking(move || {

@@ -42,6 +42,8 @@ pub struct Control {
     waiting: Mutex<Option<Waiting>>,
     next_id: AtomicU64,
     closed: watch::Sender<Option<Closed>>,
+    /// MiB that the guest had when it last reached a target.
+    memory_set: watch::Sender<u64>,
 }
 
 impl Control {
@@ -52,6 +54,7 @@ impl Control {
             waiting: Mutex::new(Some(HashMap::new())),
             next_id: AtomicU64::new(1),
             closed: watch::Sender::new(None),
+            memory_set: watch::Sender::new(0),
         });
         tokio::spawn(Arc::clone(&control).read());
         control
@@ -91,6 +94,19 @@ impl Control {
         }
     }
 
+    /// Resolves when the guest has got as much memory as this, in MiB.
+    ///
+    /// # Errors
+    /// [`ControlError::Closed`]: the VM has ended.
+    pub async fn memory_set(&self, mib: u64) -> Result<(), ControlError> {
+        let mut memory = self.memory_set.subscribe();
+        tokio::select! {
+            // The sender lives as long as this.
+            _ = memory.wait_for(|has| *has >= mib) => Ok(()),
+            _ = self.closed() => Err(ControlError::Closed),
+        }
+    }
+
     /// Resolves when the VMM has closed the channel.
     pub async fn closed(&self) -> Closed {
         let mut closed = self.closed.subscribe();
@@ -124,7 +140,9 @@ impl Control {
                     }
                 }
                 Ok(FromVmm::Event(Event::Exited(why))) => exit = Some(why),
-                Ok(FromVmm::Event(Event::MemorySet { .. })) => {}
+                Ok(FromVmm::Event(Event::MemorySet { memory_mib })) => {
+                    self.memory_set.send_replace(memory_mib);
+                }
                 Err(error) => warn!(%error, "husk-vmm sent a message that is none"),
             }
         }
@@ -155,6 +173,16 @@ mod tests {
     fn post(vmm: &OwnedFd, message: &FromVmm) {
         let packet = serde_json::to_vec(message).unwrap();
         rustix::net::send(vmm, &packet, SendFlags::empty()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_guests_memory_is_waited_for_until_the_vm_ends() {
+        let (ours, vmm) = Seqpacket::pair().unwrap();
+        let control = Control::new(ours);
+        post(&vmm, &FromVmm::Event(Event::MemorySet { memory_mib: 1024 }));
+        assert_eq!(control.memory_set(1023).await, Ok(()));
+        drop(vmm);
+        assert_eq!(control.memory_set(1025).await, Err(ControlError::Closed));
     }
 
     #[tokio::test]

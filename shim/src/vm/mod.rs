@@ -29,6 +29,8 @@ pub struct LaunchPlan {
     pub id: String,
     /// vCPUs and memory.
     pub size: Size,
+    /// How far the VM may grow; the same as [`Self::size`]: not at all.
+    pub max: Size,
     /// Appended to the guest kernel's command line.
     pub kernel_params: String,
     /// The guest logs its boot.
@@ -80,6 +82,12 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// [`VmError`] with the VMM's own reason.
     async fn attach_nic(&self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError>;
+
+    /// Gives the guest memory, from `from_mib` MiB in all to `to_mib`; returns when it has plugged it.
+    ///
+    /// # Errors
+    /// [`VmError`]: the host has too little, or the guest does not take it in time. It may still do so later.
+    async fn set_memory(&self, from_mib: u64, to_mib: u64) -> Result<(), VmError>;
 
     /// Ends it now, whatever state it is in. Returns at once; [`Machine::ended`] tells when it is over.
     fn kill(&self);
@@ -220,6 +228,9 @@ pub enum VmError {
     /// The pod's network cannot be had.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// The guest does not take the memory that it may have.
+    #[error("the guest has not plugged the memory within {0:?}")]
+    Unplugged(Duration),
     /// The spec, annotations or agent made the start impossible.
     #[error("{0}")]
     Other(String),

@@ -48,6 +48,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long the VMM may take to give a network device its tap.
 const ATTACH: Duration = Duration::from_secs(30);
 
+/// How long the guest may take to plug memory: its driver does so at once, in pieces of 128 MiB, but may have to wait for a CPU.
+const PLUG: Duration = Duration::from_secs(20);
+
 // Fds of the VMM, by number. 0 to 2 are the standard ones.
 const CONTROL_FD: RawFd = 3;
 const KVM_FD: RawFd = 4;
@@ -284,9 +287,9 @@ impl Machine for Process {
             version: VERSION,
             id: plan.id,
             vcpus: plan.size.vcpus,
-            max_vcpus: plan.size.vcpus,
+            max_vcpus: plan.max.vcpus,
             memory_mib: plan.size.memory_mib,
-            max_memory_mib: plan.size.memory_mib,
+            max_memory_mib: plan.max.memory_mib,
             kvm_fd: KVM_FD,
             kernel_fd: KERNEL_FD,
             initramfs_fd: INITRAMFS_FD,
@@ -335,6 +338,19 @@ impl Machine for Process {
                 "husk-vmm cannot connect the VM's network device {nic}: {reason}"
             ))),
             Err(ControlError::Closed) => Err(VmError::Ended(CLOSED.into())),
+        }
+    }
+
+    async fn set_memory(&self, from_mib: u64, to_mib: u64) -> Result<(), VmError> {
+        preflight::check_memory(to_mib.saturating_sub(from_mib))?;
+        let call = Call::SetMemory { target_mib: to_mib };
+        let plugged = async {
+            self.control.call(call).await?;
+            self.control.memory_set(to_mib).await
+        };
+        match timeout(PLUG, plugged).await {
+            Ok(result) => result.map_err(|e| VmError::Other(e.to_string())),
+            Err(_) => Err(VmError::Unplugged(PLUG)),
         }
     }
 

@@ -1,6 +1,9 @@
 //! The Sandbox API against a fake guest: what containerd's shim sandboxer relies on.
 
-use std::{collections::BTreeSet, sync::LazyLock};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, LazyLock},
+};
 
 use containerd_shim_protos::{
     api::{DeleteRequest, KillRequest, ShutdownRequest, StartRequest, WaitRequest},
@@ -20,9 +23,9 @@ use ttrpc::Code;
 
 use super::{
     code,
-    world::{Fault, Guest, LIMIT, VMM_PID, World, context},
+    world::{Fault, LIMIT, VMM_PID, World, context, impatient},
 };
-use crate::{config::Config, network::tests::netns::Netns, pod::Keeper, sizing};
+use crate::{config::Config, network::tests::netns::Netns, sizing};
 
 /// What CNI has made for each of these pods: nothing yet.
 static NETNS: LazyLock<Netns> = LazyLock::new(Netns::new);
@@ -41,17 +44,12 @@ impl World {
         Self::failing(Fault::None).await
     }
     async fn failing(fault: Fault) -> Self {
-        Self::kept(
-            std::sync::Arc::<Guest>::default(),
-            fault,
-            Keeper::SandboxApi,
-        )
-        .await
+        Self::kept(Arc::default(), fault, impatient()).await
     }
     async fn open(&self) -> ttrpc::Result<()> {
         self.open_with(&cri::PodSandboxConfig::default()).await
     }
-    async fn open_with(&self, config: &cri::PodSandboxConfig) -> ttrpc::Result<()> {
+    pub(super) async fn open_with(&self, config: &cri::PodSandboxConfig) -> ttrpc::Result<()> {
         let request = CreateSandboxRequest {
             sandbox_id: "pod".into(),
             options: Some(options(config)).into(),
@@ -61,7 +59,7 @@ impl World {
         let created = self.sandbox.create_sandbox(&context(), request).await;
         created.map(drop)
     }
-    async fn begin(&self) -> ttrpc::Result<StartSandboxResponse> {
+    pub(super) async fn begin(&self) -> ttrpc::Result<StartSandboxResponse> {
         let request = StartSandboxRequest {
             sandbox_id: "pod".into(),
             ..Default::default()

@@ -82,6 +82,8 @@ pub struct Guest {
     pub sandbox: Mutex<CreateSandboxRequest>,
     /// The last container's spec.
     pub spec: Mutex<Vec<u8>>,
+    /// vCPUs that can be brought online.
+    pub cpus: Mutex<u32>,
     /// NextEvent answers.
     pub events: OnceLock<tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>>,
 }
@@ -151,6 +153,19 @@ impl Agent for FakeAgent {
     ) -> ttrpc::Result<agent::Empty> {
         self.0.called("destroy_sandbox".into()).await;
         Ok(agent::Empty::new())
+    }
+    async fn resize(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeRequest,
+    ) -> ttrpc::Result<ResizeResponse> {
+        self.0
+            .called(format!("online {}", request.online_cpus))
+            .await;
+        Ok(ResizeResponse {
+            online_cpus: request.online_cpus.min(*self.0.cpus.lock().unwrap()),
+            ..Default::default()
+        })
     }
     async fn create_container(
         &self,
@@ -361,6 +376,8 @@ pub struct FakeVmm {
     pub plan: OnceLock<LaunchPlan>,
     /// What was connected to which network device; held as a VMM would.
     pub taps: Mutex<Vec<(u8, Vec<OwnedFd>)>>,
+    /// The guest plugs no memory.
+    pub is_full: std::sync::atomic::AtomicBool,
     /// The guest's end of the agent connection.
     server: tokio::sync::Mutex<Option<Server>>,
 }
@@ -443,6 +460,16 @@ impl Machine for FakeVmm {
         Ok(())
     }
 
+    async fn set_memory(&self, from_mib: u64, to_mib: u64) -> Result<(), VmError> {
+        self.guest
+            .called(format!("memory {from_mib} {to_mib}"))
+            .await;
+        if self.is_full.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(VmError::Unplugged(Duration::ZERO));
+        }
+        Ok(())
+    }
+
     fn kill(&self) {
         self.taps.lock().unwrap().clear();
         self.connections.lock().unwrap().take();
@@ -520,20 +547,36 @@ impl World {
     }
 
     pub async fn with(guest: Arc<Guest>, fault: Fault) -> Self {
-        Self::made(guest, fault, "", Keeper::Containers).await
+        Self::in_network(guest, fault, "").await
     }
 
     /// With a network namespace of this path; none: a new one.
     pub async fn in_network(guest: Arc<Guest>, fault: Fault, netns: &str) -> Self {
-        Self::made(guest, fault, netns, Keeper::Containers).await
+        Self::configured(guest, fault, impatient(), in_netns(netns)).await
     }
 
-    /// A pod that is called "pod" where the Sandbox API keeps it.
-    pub async fn kept(guest: Arc<Guest>, fault: Fault, keeper: Keeper) -> Self {
-        Self::made(guest, fault, "", keeper).await
+    /// With the node's settings, and `linux` of the first container's spec.
+    pub async fn configured(
+        guest: Arc<Guest>,
+        fault: Fault,
+        config: Config,
+        linux: serde_json::Value,
+    ) -> Self {
+        Self::made(guest, fault, config, linux, Keeper::Containers).await
     }
 
-    async fn made(guest: Arc<Guest>, fault: Fault, netns: &str, keeper: Keeper) -> Self {
+    /// A pod that the Sandbox API keeps, called "pod".
+    pub async fn kept(guest: Arc<Guest>, fault: Fault, config: Config) -> Self {
+        Self::made(guest, fault, config, in_netns(""), Keeper::SandboxApi).await
+    }
+
+    async fn made(
+        guest: Arc<Guest>,
+        fault: Fault,
+        config: Config,
+        linux: serde_json::Value,
+        keeper: Keeper,
+    ) -> Self {
         let (id, name) = match keeper {
             Keeper::Containers => ("c", "bundle"),
             Keeper::SandboxApi => ("pod", "sandbox"),
@@ -554,6 +597,7 @@ impl World {
             ended: watch::Sender::new(None),
             plan: OnceLock::new(),
             taps: Mutex::default(),
+            is_full: false.into(),
             server: tokio::sync::Mutex::default(),
         });
         let address = socket.display().to_string();
@@ -563,13 +607,10 @@ impl World {
             bundle: dir.path().join(name),
             keeper,
             publisher: Publisher::new(Some(&address), "test"),
-            config: Config {
-                start_timeout: Duration::from_millis(300),
-                ..Config::default()
-            },
+            config,
             pod,
         };
-        write_bundle(&dir.path().join("bundle"), dir.path(), netns);
+        write_bundle(&dir.path().join("bundle"), dir.path(), linux);
         let share = Share::without_mounts(context.pod.share());
         let tasks = Tasks::start(context, share, Arc::new(FakeDriver(vmm.clone())));
         Self {
@@ -602,9 +643,20 @@ impl World {
 
     /// Create of a container of this id, in the one bundle.
     pub async fn create_as(&self, id: &str) -> ttrpc::Result<u32> {
+        self.create_in(id, &self.bundle()).await
+    }
+
+    /// Create of a further container.
+    pub async fn create_also(&self, id: &str, linux: serde_json::Value) -> ttrpc::Result<u32> {
+        let bundle = self.dir.path().join(id).join("bundle");
+        write_bundle(&bundle, self.dir.path(), linux);
+        self.create_in(id, &bundle).await
+    }
+
+    async fn create_in(&self, id: &str, bundle: &Path) -> ttrpc::Result<u32> {
         let request = CreateTaskRequest {
             id: id.into(),
-            bundle: self.bundle().display().to_string(),
+            bundle: bundle.display().to_string(),
             ..Default::default()
         };
         self.service
@@ -634,13 +686,26 @@ impl World {
     }
 }
 
-fn write_bundle(bundle: &Path, dir: &Path, netns: &str) {
+/// Settings under which a VM that does not come up is soon given up.
+pub fn impatient() -> Config {
+    Config {
+        start_timeout: Duration::from_millis(300),
+        ..Config::default()
+    }
+}
+
+/// `linux` of a spec with a network namespace of this path; none: a new one.
+fn in_netns(path: &str) -> serde_json::Value {
+    serde_json::json!({ "namespaces": [{ "type": "network", "path": path }] })
+}
+
+fn write_bundle(bundle: &Path, dir: &Path, linux: serde_json::Value) {
     let rootfs = dir.join("rootfs");
     std::fs::create_dir_all(&rootfs).unwrap();
     std::fs::create_dir_all(bundle).unwrap();
     let spec = serde_json::json!({
         "ociVersion": "1.0.2", "root": {"path": rootfs}, "process": {"cwd": "/", "args": ["true"], "user": {"uid": 0, "gid": 0}},
-        "linux": {"namespaces": [{"type": "network", "path": netns}]},
+        "linux": linux,
     });
     std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
 }
