@@ -19,6 +19,7 @@ mod bad_input;
 mod context;
 mod exec;
 mod faults;
+mod growth;
 mod io;
 mod isolation;
 mod kubelet;
@@ -90,6 +91,8 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("host", true, lifecycle::ALONE),
     ("bad_input", true, bad_input::TESTS),
     ("faults", true, faults::TESTS),
+    // They change the settings of the node.
+    ("growth", true, growth::TESTS),
 ];
 
 fn main() -> ExitCode {
