@@ -190,7 +190,7 @@ impl VirtioDevice for Mem {
     fn reset(&mut self) {
         *lock(&self.shared.interrupt) = None;
         self.worker = None;
-        // What is plugged stays so: it may be in use (5.15.5.2). A new driver asks for UNPLUG_ALL.
+        // What is plugged stays so: it may be in use (5.15.5). A new driver asks for UNPLUG_ALL.
     }
 }
 

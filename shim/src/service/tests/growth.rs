@@ -64,7 +64,7 @@ impl World {
         calls.iter().filter(of_size).cloned().collect()
     }
 
-    fn has(&self) -> Size {
+    fn size(&self) -> Size {
         self.tasks.sandbox().growth().has()
     }
 }
@@ -88,11 +88,11 @@ async fn the_vm_grows_before_the_limit_does() {
         asked[3].starts_with("update c ") && asked[3].contains("\"0-2\""),
         "{asked:?}"
     );
-    assert_eq!(w.has(), size(3, 1120));
+    assert_eq!(w.size(), size(3, 1120));
     // Never smaller again, and up to the limit without a word to the guest.
     w.update("c", &limits(64, 50_000)).await.unwrap();
     w.update("c", &limits(1024, 300_000)).await.unwrap();
-    assert_eq!(w.has(), size(3, 1120));
+    assert_eq!(w.size(), size(3, 1120));
     assert_eq!(w.asked().len(), 6);
     // What an update does not name stays.
     w.update("c", &json!({ "cpu": { "quota": 400_000 } }))
@@ -105,7 +105,7 @@ async fn the_vm_grows_before_the_limit_does() {
 async fn beyond_its_maximum_the_limit_still_holds() {
     let w = pod(2, 512).await;
     w.update("c", &limits(1024, 300_000)).await.unwrap();
-    assert_eq!(w.has(), size(2, 512));
+    assert_eq!(w.size(), size(2, 512));
     assert_eq!(w.asked()[1..3], ["memory 328 512", "online 2"]);
     w.update("c", &limits(2048, 400_000)).await.unwrap();
     // There is nothing left to ask for.
@@ -148,7 +148,7 @@ async fn a_further_container_makes_room_for_itself() {
     w.service.delete(&context(), request).await.unwrap();
     w.create_also("e", linux).await.unwrap();
     assert_eq!(w.asked()[4..], ["create e"]);
-    assert_eq!(w.has(), size(3, 856));
+    assert_eq!(w.size(), size(3, 856));
 }
 
 #[tokio::test]
@@ -157,12 +157,12 @@ async fn a_guest_that_does_not_take_it_is_asked_again() {
     w.vmm.is_full.store(true, Ordering::Relaxed);
     *w.guest.cpus.lock().unwrap() = 2;
     w.update("c", &limits(1024, 300_000)).await.unwrap();
-    assert_eq!(w.has(), size(2, 328));
+    assert_eq!(w.size(), size(2, 328));
     w.vmm.is_full.store(false, Ordering::Relaxed);
     // Whatever it says, it is taken for no more than it was given.
     *w.guest.cpus.lock().unwrap() = u32::MAX;
     w.update("c", &limits(1024, 300_000)).await.unwrap();
-    assert_eq!(w.has(), size(3, 1120));
+    assert_eq!(w.size(), size(3, 1120));
     let asked = w.asked();
     assert_eq!(asked[4..6], ["memory 328 1120", "online 3"]);
 }
@@ -190,7 +190,7 @@ async fn updates_side_by_side_add_up() {
     let (one, other) = tokio::join!(w.update("c", &one), w.update("d", &other));
     one.unwrap();
     other.unwrap();
-    assert_eq!(w.has(), size(5, 1536 + 48 + 64));
+    assert_eq!(w.size(), size(5, 1536 + 48 + 64));
 }
 
 /// Its size is the pod's, without a sandbox container that says so.
