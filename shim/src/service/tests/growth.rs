@@ -33,7 +33,7 @@ async fn pod(grow_vcpus: u8, grow_memory_mib: u64) -> World {
         grow_memory_mib,
         ..Config::default()
     };
-    let linux = json!({ "resources": limits(256, 100_000) });
+    let linux = json!({ "namespaces": [{"type": "network"}], "resources": limits(256, 100_000) });
     let w = World::configured(guest, Fault::None, config, linux).await;
     w.create().await.unwrap();
     w
@@ -200,6 +200,8 @@ async fn a_pod_of_the_sandbox_api_grows_beyond_its_own_size() {
     *guest.cpus.lock().unwrap() = 8;
     let node = Config {
         enabled_annotations: vec![Annotation::MaxVcpus, Annotation::MaxMemoryMib],
+        max_vcpus: 8,
+        max_memory_mib: 4096,
         ..Config::default()
     };
     let w = World::kept(guest, Fault::None, node).await;
