@@ -37,8 +37,11 @@ fn main() -> ExitCode {
     let result = match words.as_slice() {
         // Runs inside the containers.
         ["file-workload", dir] => files::workload(Path::new(dir)),
-        ["--out", dir] => run(Path::new(dir)),
-        _ => Err(anyhow::anyhow!("usage: husk-bench --out DIR")),
+        ["--out", dir, parts @ ..] => run(Path::new(dir), parts),
+        _ => Err(anyhow::anyhow!(
+            "usage: husk-bench --out DIR [PART…], all parts or some of: {}",
+            PARTS.map(|(name, _)| name).join(", ")
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -57,7 +60,18 @@ struct Bench {
     bin: PathBuf,
 }
 
-fn run(out: &Path) -> Result<()> {
+type Measure = fn(&Bench, &mut Table) -> Result<()>;
+
+/// What is measured, in this order.
+const PARTS: [(&str, Measure); 5] = [
+    ("start", start),
+    ("memory", memory::idle_pod),
+    ("sizes", sizes),
+    ("files", files::measure),
+    ("pods", pods::measure),
+];
+
+fn run(out: &Path, only: &[&str]) -> Result<()> {
     let bin = env::current_exe()?
         .parent()
         .map(Path::to_owned)
@@ -80,15 +94,12 @@ fn run(out: &Path) -> Result<()> {
         }
     }
     let mut table = Table::default();
-    eprintln!("measuring starts, {SAMPLES} of each runtime");
-    start(&bench, &mut table)?;
-    eprintln!("measuring the memory of an idle pod");
-    memory::idle_pod(&bench, &mut table)?;
-    sizes(&bench, &mut table)?;
-    eprintln!("measuring files");
-    files::measure(&bench, &mut table)?;
-    eprintln!("measuring pods and their network");
-    pods::measure(&bench, &mut table)?;
+    for (name, measure) in PARTS {
+        if only.is_empty() || only.contains(&name) {
+            eprintln!("measuring {name}, {SAMPLES} samples of each runtime");
+            measure(&bench, &mut table)?;
+        }
+    }
     table.print();
     let path = out.join("bench.json");
     fs::write(&path, table.json()?).with_context(|| format!("writing {}", path.display()))

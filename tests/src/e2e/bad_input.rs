@@ -195,8 +195,11 @@ fn invalid_config_json(suite: &Context) -> Result<()> {
     let words = create_fails(shim, &id, |bundle| {
         Ok(fs::write(
             bundle.join("config.json"),
-            json!({ "ociVersion": "1.2.0", "root": { "path": "rootfs" }, "process": { "args": "true" } })
-                .to_string(),
+            json!({
+                "ociVersion": "1.2.0", "root": { "path": "rootfs" }, "process": { "args": "true" },
+                "linux": { "namespaces": [{ "type": "network" }] },
+            })
+            .to_string(),
         )?)
     })?;
     ensure!(
