@@ -29,8 +29,9 @@ const LIMIT: Duration = Duration::from_millis(4500);
 const SHIM_LIMIT: Duration = Duration::from_secs(2);
 /// How long a killed process may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(1);
-/// How long a cgroup may take to go.
-const CGROUP_LIMIT: Duration = Duration::from_millis(500);
+/// How long a cgroup may take to go: until the last thread of the killed VMM has left it, which on a stalled machine has taken more than
+/// half a second.
+const CGROUP_LIMIT: Duration = Duration::from_millis(1500);
 /// What an exit by SIGKILL looks like.
 const KILLED: u32 = 128 + 9;
 
