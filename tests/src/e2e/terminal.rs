@@ -161,7 +161,8 @@ fn control_c(suite: &Context) -> Result<()> {
         .containerd
         .run_command(suite.runtime, &id, &["--rm", "--tty"], &["sh"]);
     let mut session = Session::start(&mut command, size(24, 80))?;
-    session.type_in("trap 'echo int-$((2 + 2))' INT; echo rea''dy; sleep 1000\n")?;
+    // The interrupt may come before the sleep does, and is then the shell's alone, which hears it when the sleep is over.
+    session.type_in("trap 'echo int-$((2 + 2))' INT; echo rea''dy; sleep 30\n")?;
     session.expect("ready")?;
     session.type_in("\u{3}")?;
     session.expect("int-4")?;
