@@ -234,7 +234,7 @@ mod tests {
             });
             done.send(()).unwrap();
         });
-        finished.recv_timeout(Duration::from_secs(60)).unwrap();
+        finished.recv_timeout(Duration::from_secs(300)).unwrap();
     }
 
     #[test]
