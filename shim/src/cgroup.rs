@@ -78,6 +78,22 @@ impl PodCgroup {
     pub fn path(&self) -> &Path {
         &self.0
     }
+
+    /// Bytes of memory that the processes in it may use now: the smallest limit of it and those above it. `None`: no limit.
+    pub fn memory_limit(&self) -> Option<u64> {
+        self.memory_limit_below(Path::new(ROOT))
+    }
+
+    fn memory_limit_below(&self, root: &Path) -> Option<u64> {
+        let limits = self.0.ancestors().take_while(|path| *path != root);
+        limits
+            .filter_map(|path| {
+                let text = fs::read_to_string(path.join("memory.max")).ok()?;
+                // "max" is no number.
+                text.trim().parse().ok()
+            })
+            .min()
+    }
 }
 
 /// Makes a cgroup and those above it that are missing; returns whether it was missing itself. Those above are marked: nobody else
@@ -163,6 +179,23 @@ mod tests {
         assert!(theirs.exists());
         let ours = PodCgroup(root.path().join("user/own"));
         assert!(ours.place_below(root.path(), 7).unwrap());
+    }
+
+    #[test]
+    fn the_smallest_memory_limit_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = PodCgroup(root.path().join("kubepods/pod/box"));
+        let limit = |path: &str, text: &str| {
+            fs::write(root.path().join(path).join("memory.max"), text).unwrap();
+            cgroup.memory_limit_below(root.path())
+        };
+        fs::create_dir_all(cgroup.path()).unwrap();
+        assert_eq!(cgroup.memory_limit_below(root.path()), None);
+        assert_eq!(limit("kubepods/pod/box", "max\n"), None);
+        assert_eq!(limit("kubepods", "8589934592\n"), Some(8 << 30));
+        assert_eq!(limit("kubepods/pod", "134217728\n"), Some(128 << 20));
+        // Nobody's above the hierarchy.
+        assert_eq!(limit(".", "4096\n"), Some(128 << 20));
     }
 
     #[test]

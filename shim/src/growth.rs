@@ -12,9 +12,10 @@ use tracing::{info, warn};
 
 use crate::{
     agent::Agent,
+    cgroup::PodCgroup,
     demand::{Demand, Demands},
     error::chain,
-    sizing::{Hints, Size},
+    sizing::{self, Hints, Size},
     vm::Machine,
 };
 
@@ -32,12 +33,27 @@ pub struct Growth {
     done: watch::Sender<u64>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Bounds {
     /// What the VM is started with.
     start: Size,
     /// How far it may grow.
     max: Size,
+    /// What bounds its memory on the host.
+    cgroup: Option<PodCgroup>,
+}
+
+impl Bounds {
+    /// How far it may grow now: the engine may have changed the limits.
+    fn max(&self) -> Size {
+        let limit = self.cgroup.as_ref().and_then(PodCgroup::memory_limit);
+        Size {
+            memory_mib: limit.map_or(self.max.memory_mib, |limit| {
+                self.max.memory_mib.min(sizing::room_mib(limit))
+            }),
+            ..self.max
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -76,11 +92,15 @@ impl Growth {
         }
     }
 
-    /// The VM is started with this size, and may grow up to `max`.
-    pub fn planned(&self, size: Size, max: Size) {
+    /// The VM is started with this size, and may grow up to `max`, as far as the limits of its cgroup let it then.
+    pub fn planned(&self, size: Size, max: Size, cgroup: Option<PodCgroup>) {
         self.has.send_replace(size);
         // Planned once.
-        let _ = self.bounds.set(Bounds { start: size, max });
+        let _ = self.bounds.set(Bounds {
+            start: size,
+            max,
+            cgroup,
+        });
     }
 
     /// What the VM has, once it is planned.
@@ -139,11 +159,10 @@ impl Growth {
         // Held until the wish is out: a later one is made from later demands.
         let demands = self.demands();
         let has = self.has();
-        let bounds = self.bounds.get().copied();
-        let Bounds { start, max } = bounds.unwrap_or(Bounds {
-            start: has,
-            max: has,
-        });
+        let (start, max) = self
+            .bounds
+            .get()
+            .map_or((has, has), |bounds| (bounds.start, bounds.max()));
         let needs = demands.need(self.default.at_most(start));
         let size = needs.at_most(max).at_least(has);
         if size == has {

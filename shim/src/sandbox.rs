@@ -348,12 +348,13 @@ impl Sandbox {
             if own.is_some() != is_own {
                 record(cgroup.as_ref().filter(|_| is_own));
             }
-            plan_for(&spec, &config, id)
+            let limit = cgroup.as_ref().and_then(PodCgroup::memory_limit);
+            Ok::<_, VmError>((plan_for(&spec, &config, id, limit)?, cgroup))
         });
-        let plan = planned
+        let (plan, cgroup) = planned
             .await
             .map_err(|e| VmError::Other(format!("cannot plan the VM: {e}")))??;
-        self.growth.planned(plan.size, plan.max);
+        self.growth.planned(plan.size, plan.max, cgroup);
         Ok(plan)
     }
 
@@ -528,8 +529,13 @@ fn default_size(config: &Config) -> Size {
     }
 }
 
-/// Size and parameters, from the pod's limits and annotations and the node's settings.
-fn plan_for(spec: &PodSpec, config: &Config, id: String) -> Result<LaunchPlan, VmError> {
+/// Size and parameters, from the pod's limits and annotations, the memory limit of its cgroup (bytes) and the node's settings.
+fn plan_for(
+    spec: &PodSpec,
+    config: &Config,
+    id: String,
+    cgroup_limit: Option<u64>,
+) -> Result<LaunchPlan, VmError> {
     let overrides = config
         .overrides(&spec.annotations)
         .map_err(|e| VmError::Other(e.to_string()))?;
@@ -543,6 +549,16 @@ fn plan_for(spec: &PodSpec, config: &Config, id: String) -> Result<LaunchPlan, V
     let mut size = sizing::size(&spec.hints, &bounds);
     size.vcpus = overrides.vcpus.unwrap_or(size.vcpus);
     size.memory_mib = overrides.memory_mib.unwrap_or(size.memory_mib);
+    if let Some(limit) = cgroup_limit
+        && size.memory_mib > sizing::room_mib(limit)
+    {
+        let room = sizing::room_mib(limit);
+        debug!(
+            wanted = size.memory_mib,
+            room, limit, "the VM is made as small as the memory limit of the pod's cgroup wants it"
+        );
+        size.memory_mib = room;
+    }
     let max = Size {
         vcpus: overrides.max_vcpus.unwrap_or(config.grow_vcpus),
         memory_mib: overrides.max_memory_mib.unwrap_or(config.grow_memory_mib),

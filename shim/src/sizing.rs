@@ -16,6 +16,12 @@ pub const GUEST_OVERHEAD_MIB: u64 = 64;
 /// for page tables and slabs.
 const OVERHEAD_DIVISOR: u64 = 32;
 
+/// What the VMM itself takes of the pod's cgroup, in MiB, before the share that grows with the VM: its heap, threads and buffers.
+pub const HOST_OVERHEAD_MIB: u64 = 16;
+
+/// One part in this many of a VM's memory is the host's page tables: 8 bytes for each page of 4 KiB, for the process and for the guest.
+const PAGE_TABLES_DIVISOR: u64 = 256;
+
 /// Kubernetes' shares for one whole CPU.
 const SHARES_PER_CPU: u64 = 1024;
 
@@ -157,6 +163,16 @@ pub fn size(hints: &Hints, bounds: &Bounds) -> Size {
     }
 }
 
+/// MiB of the largest VM that stays within this limit of the pod's cgroup (bytes); never less than [`MIN_MEMORY_MIB`].
+///
+/// The host's kernel would otherwise end the whole pod where the guest's could have stopped one container.
+pub fn room_mib(limit: u64) -> u64 {
+    let limit = limit / MIB;
+    limit
+        .saturating_sub(HOST_OVERHEAD_MIB + limit / PAGE_TABLES_DIVISOR)
+        .max(MIN_MEMORY_MIB)
+}
+
 /// How many CPUs a cpuset list ("0-3,8") names; 0 where it is empty or unreadable.
 pub fn count_cpus(list: &str) -> u32 {
     let mut count: u32 = 0;
@@ -189,6 +205,13 @@ mod tests {
             memory_mib: 16 * 1024,
         },
     };
+
+    #[test]
+    fn a_vm_leaves_the_vmm_its_part_of_the_cgroup() {
+        assert_eq!(room_mib(512 * MIB), 512 - 16 - 2);
+        assert_eq!(room_mib(0), MIN_MEMORY_MIB);
+        assert!(room_mib(u64::MAX) < u64::MAX / MIB);
+    }
 
     #[test]
     fn nothing_set_is_the_default() {
