@@ -119,48 +119,22 @@ impl Containerd {
     /// # Errors
     /// It did not come up; with the end of its log.
     pub fn start_with_cri(dir: &Path, bin: &Path, sandboxer: Sandboxer) -> Result<Self> {
-        for master in MASTERS {
-            // It may be there from an earlier one.
-            let _ = host::run(&["ip", "link", "add", master, "type", "dummy"]);
-            host::run(&["ip", "link", "set", master, "up"])?;
-        }
-        // containerd 2 reads version 2's names of what it has since split up.
-        let mut settings = format!(
-            "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{}\"\n",
-            dir.join("cni-bridge").display()
-        );
-        for (network, plugins) in NETWORKS {
-            let networks = dir.join(format!("cni-{network}"));
-            fs::create_dir_all(&networks)
-                .with_context(|| format!("making {}", networks.display()))?;
-            fs::write(
-                networks.join("10-husk.conflist"),
-                format!(
-                    r#"{{ "cniVersion": "1.0.0", "name": "{network}", "plugins": [ {plugins} ] }}"#
-                ),
-            )?;
-            for runtime in [Runtime::Husk, Runtime::Runc] {
-                let _ = writeln!(
-                    settings,
-                    "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{}]\n\
-                     runtime_type = \"io.containerd.{runtime}.v2\"\ncni_conf_dir = \"{}\"\n\
-                     pod_annotations = [\"io.husk.*\"]",
-                    handler(runtime, network),
-                    networks.display(),
-                );
-                if (runtime, sandboxer) == (Runtime::Husk, Sandboxer::Shim) {
-                    // The names of 2.x and of 1.7 for the same setting.
-                    settings.push_str("sandboxer = \"shim\"\nsandbox_mode = \"shim\"\n");
-                }
-            }
-        }
+        let settings = cri_settings(dir, sandboxer, &[Runtime::Husk, Runtime::Runc])?;
         let environment: &[_] = match sandboxer {
             Sandboxer::Pause => &[],
             // Without it 1.7 knows no other sandboxer than its own.
             Sandboxer::Shim => &[("ENABLE_CRI_SANDBOXES", "1")],
         };
         Self::start_with(dir, bin, &settings, &[], environment)
+    }
+
+    /// Starts one that serves CRI with runc alone: a node before husk comes.
+    ///
+    /// # Errors
+    /// It did not come up; with the end of its log.
+    pub fn start_without_husk(dir: &Path, bin: &Path) -> Result<Self> {
+        let settings = cri_settings(dir, Sandboxer::Pause, &[Runtime::Runc])?;
+        Self::start_with(dir, bin, &settings, &[], &[])
     }
 
     fn start_with(
@@ -404,6 +378,46 @@ impl Containerd {
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
+}
+
+/// CRI's part of the configuration, with these runtimes on each of [`NETWORKS`], whose files it writes below `dir`.
+fn cri_settings(dir: &Path, sandboxer: Sandboxer, runtimes: &[Runtime]) -> Result<String> {
+    for master in MASTERS {
+        // It may be there from an earlier one.
+        let _ = host::run(&["ip", "link", "add", master, "type", "dummy"]);
+        host::run(&["ip", "link", "set", master, "up"])?;
+    }
+    // containerd 2 reads version 2's names of what it has since split up.
+    let mut settings = format!(
+        "[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
+         [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{}\"\n",
+        dir.join("cni-bridge").display()
+    );
+    for (network, plugins) in NETWORKS {
+        let networks = dir.join(format!("cni-{network}"));
+        fs::create_dir_all(&networks).with_context(|| format!("making {}", networks.display()))?;
+        fs::write(
+            networks.join("10-husk.conflist"),
+            format!(
+                r#"{{ "cniVersion": "1.0.0", "name": "{network}", "plugins": [ {plugins} ] }}"#
+            ),
+        )?;
+        for &runtime in runtimes {
+            let _ = writeln!(
+                settings,
+                "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{}]\n\
+                 runtime_type = \"io.containerd.{runtime}.v2\"\ncni_conf_dir = \"{}\"\n\
+                 pod_annotations = [\"io.husk.*\"]",
+                handler(runtime, network),
+                networks.display(),
+            );
+            if (runtime, sandboxer) == (Runtime::Husk, Sandboxer::Shim) {
+                // The names of 2.x and of 1.7 for the same setting.
+                settings.push_str("sandboxer = \"shim\"\nsandbox_mode = \"shim\"\n");
+            }
+        }
+    }
+    Ok(settings)
 }
 
 impl Drop for Containerd {

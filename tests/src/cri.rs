@@ -92,7 +92,9 @@ impl Cri {
 
     /// The configuration of a pod with a name of its own, as a kubelet fills it.
     pub fn pod_config(&self) -> v1::PodSandboxConfig {
-        let name = format!("pod-{}", self.next.fetch_add(1, Ordering::Relaxed));
+        // One containerd may serve two of us.
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let name = format!("pod-{}-{number}", self.runtime);
         v1::PodSandboxConfig {
             log_directory: self.logs.join(&name).to_string_lossy().into_owned(),
             hostname: name.clone(),

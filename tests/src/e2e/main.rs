@@ -17,6 +17,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod bad_input;
 mod context;
+mod deploy;
 mod exec;
 mod faults;
 mod growth;
@@ -93,6 +94,7 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("faults", true, faults::TESTS),
     // They change the settings of the node.
     ("growth", true, growth::TESTS),
+    ("deploy", true, deploy::TESTS),
 ];
 
 fn main() -> ExitCode {
