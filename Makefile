@@ -7,7 +7,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 PREFIX ?= /usr/local
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench testbed build install deps clean
+.PHONY: help run test bench testbed build install image deps clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ install: build ## Install husk below PREFIX (/usr/local); containerd finds the s
 	install -D -m 755 target/testbed/payload/lib/husk/husk-vmm $(DESTDIR)$(PREFIX)/lib/husk/husk-vmm
 	install -D -m 644 target/testbed/payload/lib/husk/vmlinux $(DESTDIR)$(PREFIX)/lib/husk/vmlinux
 	install -D -m 644 target/testbed/payload/lib/husk/initramfs.cpio $(DESTDIR)$(PREFIX)/lib/husk/initramfs.cpio
+
+image: build ## The image of the Kubernetes installer (docs/kubernetes.md): target/husk-installer.tar
+	tests/scripts/image
 
 deps: ## Install what building needs (as root, once)
 	@tests/scripts/deps
