@@ -15,6 +15,8 @@ use husk_tests::{
 };
 use sha2::{Digest, Sha256};
 
+use crate::durations::Durations;
+
 /// The suites' common ground.
 pub struct Context {
     /// Shared by the tests that do not disturb it.
@@ -27,6 +29,8 @@ pub struct Context {
     sandboxer: OnceLock<(Containerd, Cri)>,
     /// A busybox root file system on the host, for specs with a root path.
     pub rootfs: PathBuf,
+    /// Of the tests that have run.
+    pub durations: Durations,
 }
 
 impl Context {
@@ -44,6 +48,7 @@ impl Context {
             rootfs,
             cri: OnceLock::new(),
             sandboxer: OnceLock::new(),
+            durations: Durations::default(),
         })
     }
 

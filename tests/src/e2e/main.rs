@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    time::Instant,
 };
 
 use anyhow::{Context, Result};
@@ -18,6 +19,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 mod bad_input;
 mod context;
 mod deploy;
+mod durations;
 mod exec;
 mod faults;
 mod growth;
@@ -150,6 +152,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     let apart = libtest_mimic::run(&alone, trials(&suite, true));
     let failed = together.has_failed() || apart.has_failed();
+    suite.durations.print();
     if failed {
         eprintln!(
             "the end of containerd's log:\n{}",
@@ -174,8 +177,12 @@ fn trials(suite: &Arc<Suite>, alone: bool) -> Vec<Trial> {
             .filter(|t| !t.husk_only || suite.runtime == Runtime::Husk)
         {
             let suite = Arc::clone(suite);
-            trials.push(Trial::test(format!("{name}::{}", test.name), move || {
-                (test.run)(&suite).map_err(|error| Failed::from(format!("{error:?}")))
+            let name = format!("{name}::{}", test.name);
+            trials.push(Trial::test(name.clone(), move || {
+                let begin = Instant::now();
+                let result = (test.run)(&suite);
+                suite.durations.add(name, begin.elapsed());
+                result.map_err(|error| Failed::from(format!("{error:?}")))
             }));
         }
     }
