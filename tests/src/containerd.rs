@@ -128,12 +128,12 @@ impl Containerd {
         Self::start_with(dir, bin, &settings, &[], environment)
     }
 
-    /// Starts one that serves CRI with runc alone: a node before husk comes.
+    /// Starts one that serves CRI with these runtimes alone.
     ///
     /// # Errors
     /// It did not come up; with the end of its log.
-    pub fn start_without_husk(dir: &Path, bin: &Path) -> Result<Self> {
-        let settings = cri_settings(dir, Sandboxer::Pause, &[Runtime::Runc])?;
+    pub fn start_with_runtimes(dir: &Path, bin: &Path, runtimes: &[Runtime]) -> Result<Self> {
+        let settings = cri_settings(dir, Sandboxer::Pause, runtimes)?;
         Self::start_with(dir, bin, &settings, &[], &[])
     }
 
@@ -406,14 +406,22 @@ fn cri_settings(dir: &Path, sandboxer: Sandboxer, runtimes: &[Runtime]) -> Resul
             let _ = writeln!(
                 settings,
                 "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{}]\n\
-                 runtime_type = \"io.containerd.{runtime}.v2\"\ncni_conf_dir = \"{}\"\n\
+                 runtime_type = \"{}\"\ncni_conf_dir = \"{}\"\n\
                  pod_annotations = [\"io.husk.*\"]",
                 handler(runtime, network),
+                runtime.containerd_type(),
                 networks.display(),
             );
             if (runtime, sandboxer) == (Runtime::Husk, Sandboxer::Shim) {
                 // The names of 2.x and of 1.7 for the same setting.
                 settings.push_str("sandboxer = \"shim\"\nsandbox_mode = \"shim\"\n");
+            }
+            if let Some(binary) = runtime.binary() {
+                let _ = writeln!(
+                    settings,
+                    "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{}.options]\nBinaryName = \"{binary}\"",
+                    handler(runtime, network),
+                );
             }
         }
     }

@@ -3,11 +3,15 @@
 use std::fmt;
 
 /// gVisor's `runsc` with the flags it needs in the testbed, where the bench puts it. (systrap: the emulated machine has no
-/// platform that is faster; no network: as husk's pods have none yet.)
+/// platform that is faster.)
 pub const RUNSC: &str = "/run/husk-runsc";
 
-/// The script at [`RUNSC`].
+/// The script at [`RUNSC`]. In the host's network namespace, which `ctr run` gives a container, its own network refuses to be.
 pub const RUNSC_SCRIPT: &str = "#!/bin/sh\nexec runsc --platform=systrap --network=none \"$@\"\n";
+
+/// The script at [`RUNSC`] where it runs pods: with its own network stack in the pod's namespace.
+pub const RUNSC_POD_SCRIPT: &str =
+    "#!/bin/sh\nexec runsc --platform=systrap --network=sandbox \"$@\"\n";
 
 /// A runtime under test or beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,19 +37,30 @@ impl Runtime {
         }
     }
 
-    /// The flags that make `ctr run` use it.
-    pub fn ctr_flags(self) -> &'static [&'static str] {
+    /// The shim that containerd starts for it.
+    pub fn containerd_type(self) -> &'static str {
         match self {
-            Self::Husk => &["--runtime", "io.containerd.husk.v2"],
-            Self::Runc => &["--runtime", "io.containerd.runc.v2"],
-            Self::Crun => &[
-                "--runtime",
-                "io.containerd.runc.v2",
-                "--runc-binary",
-                "crun",
-            ],
-            Self::Runsc => &["--runtime", "io.containerd.runc.v2", "--runc-binary", RUNSC],
+            Self::Husk => "io.containerd.husk.v2",
+            Self::Runc | Self::Crun | Self::Runsc => "io.containerd.runc.v2",
         }
+    }
+
+    /// What runc's shim runs in runc's place.
+    pub fn binary(self) -> Option<&'static str> {
+        match self {
+            Self::Husk | Self::Runc => None,
+            Self::Crun => Some("crun"),
+            Self::Runsc => Some(RUNSC),
+        }
+    }
+
+    /// The flags that make `ctr run` use it.
+    pub fn ctr_flags(self) -> Vec<&'static str> {
+        let mut flags = vec!["--runtime", self.containerd_type()];
+        if let Some(binary) = self.binary() {
+            flags.extend(["--runc-binary", binary]);
+        }
+        flags
     }
 }
 

@@ -23,7 +23,11 @@ const IMAGE: &str = concat!(
 const SHIM: &str = "/usr/local/bin/containerd-shim-husk-v2";
 
 fn install(suite: &Context) -> Result<()> {
-    let containerd = Containerd::start_without_husk(Path::new("/run/husk-e2e-node"), &suite.bin)?;
+    let containerd = Containerd::start_with_runtimes(
+        Path::new("/run/husk-e2e-node"),
+        &suite.bin,
+        &[Runtime::Runc],
+    )?;
     containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
     containerd
         .import_into(cri::NAMESPACE, Path::new(ARCHIVE))
