@@ -91,9 +91,21 @@ fn ms(begin: Instant) -> f64 {
     begin.elapsed().as_secs_f64() * 1000.0
 }
 
+/// The start of a command line of iperf3 from the Debian tree at this place, without chroot: it wants a `/dev`.
+fn iperf(debian: &str) -> Vec<String> {
+    let libraries = format!("{debian}/usr/lib/x86_64-linux-gnu");
+    vec![
+        format!("{libraries}/ld-linux-x86-64.so.2"),
+        "--library-path".into(),
+        libraries,
+        format!("{debian}/usr/bin/iperf3"),
+    ]
+}
+
 /// A pod with iperf3 of the Debian root file system and an echo server, and its address.
 fn served<'a>(pod: &'a Pod<'_>) -> Result<([PodContainer<'a>; 2], String)> {
-    let mut iperf = container(&["chroot", "/debian", "iperf3", "--server"]);
+    let server = [iperf("/debian"), vec!["--server".into()]].concat();
+    let mut iperf = container(&server.iter().map(String::as_str).collect::<Vec<_>>());
     iperf.mounts = vec![v1::Mount {
         host_path: "/srv/debian-rootfs".into(),
         container_path: "/debian".into(),
@@ -145,17 +157,11 @@ fn network(kubelets: &[(Runtime, Cri)], table: &mut Table) -> Result<()> {
 
 /// Mbit/s of one TCP stream between the host and the pod.
 fn stream(ip: &str, more: &[&str]) -> Result<f64> {
-    let client = [
-        "chroot",
-        "/srv/debian-rootfs",
-        "iperf3",
-        "--json",
-        "--time",
-        STREAM_SECONDS,
-        "--client",
-        ip,
-    ];
-    let report: Value = serde_json::from_str(&host::run(&[&client, more].concat())?)?;
+    let iperf = iperf("/srv/debian-rootfs");
+    let mut client: Vec<&str> = iperf.iter().map(String::as_str).collect();
+    client.extend(["--json", "--time", STREAM_SECONDS, "--client", ip]);
+    client.extend(more);
+    let report: Value = serde_json::from_str(&host::run(&client)?)?;
     let rate = report
         .pointer("/end/sum_received/bits_per_second")
         .and_then(Value::as_f64);
