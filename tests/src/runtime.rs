@@ -3,15 +3,12 @@
 use std::fmt;
 
 /// gVisor's `runsc` with the flags it needs in the testbed, where the bench puts it. (systrap: the emulated machine has no
-/// platform that is faster.)
+/// platform that is faster. No network: it takes each network namespace of a kernel as new as 6.12 for the root one, in which
+/// its own refuses to be.)
 pub const RUNSC: &str = "/run/husk-runsc";
 
-/// The script at [`RUNSC`]. In the host's network namespace, which `ctr run` gives a container, its own network refuses to be.
+/// The script at [`RUNSC`].
 pub const RUNSC_SCRIPT: &str = "#!/bin/sh\nexec runsc --platform=systrap --network=none \"$@\"\n";
-
-/// The script at [`RUNSC`] where it runs pods: with its own network stack in the pod's namespace.
-pub const RUNSC_POD_SCRIPT: &str =
-    "#!/bin/sh\nexec runsc --platform=systrap --network=sandbox \"$@\"\n";
 
 /// A runtime under test or beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -15,7 +15,7 @@ use husk_tests::{
     containerd::Containerd,
     cri::{self, Cri, Pod, PodContainer, container, v1},
     host,
-    runtime::{RUNSC, RUNSC_POD_SCRIPT, Runtime},
+    runtime::Runtime,
     wait,
 };
 use serde_json::Value;
@@ -39,7 +39,6 @@ const SETTLE: Duration = Duration::from_secs(5);
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
 
 pub fn measure(bench: &Bench, table: &mut Table) -> Result<()> {
-    fs::write(RUNSC, RUNSC_POD_SCRIPT)?;
     let containerd =
         Containerd::start_with_runtimes(Path::new("/run/husk-bench-cri"), &bench.bin, &RUNTIMES)?;
     containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
@@ -132,7 +131,8 @@ fn network(kubelets: &[(Runtime, Cri)], table: &mut Table) -> Result<()> {
     let mut to = Row::new("net_to_pod", "Mbit/s");
     let mut from = Row::new("net_from_pod", "Mbit/s");
     let mut trip = Row::new("net_round_trip", "µs");
-    for (runtime, cri) in kubelets {
+    let connected = kubelets.iter().filter(|k| k.0 != Runtime::Runsc);
+    for (runtime, cri) in connected {
         let pod = cri.pod()?;
         let (_servers, ip) = served(&pod)?;
         for _ in 0..SAMPLES {
