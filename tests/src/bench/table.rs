@@ -34,6 +34,22 @@ impl Row {
         median(self.samples.get(&runtime)?)
     }
 
+    fn line(&self) -> String {
+        let mut line = format!("{:<30} {:<7}", self.name, self.unit);
+        for runtime in RUNTIMES {
+            line += &match self.median(runtime) {
+                Some(value) => format!(" {value:>11.1}"),
+                None => format!(" {:>11}", "–"),
+            };
+        }
+        if let (Some(husk), Some(runc)) = (self.median(Runtime::Husk), self.median(Runtime::Runc))
+            && runc > 0.0
+        {
+            line += &format!(" {:>10.2}", husk / runc);
+        }
+        line
+    }
+
     fn json(&self) -> Value {
         let mut object = Map::new();
         object.insert("name".into(), json!(self.name));
@@ -57,8 +73,9 @@ pub struct Table {
 }
 
 impl Table {
-    /// Adds a figure.
+    /// Adds a figure, and shows it: a run takes long, and may not come to its end.
     pub fn push(&mut self, row: Row) {
+        eprintln!("{}", row.line());
         self.rows.push(row);
     }
 
@@ -70,17 +87,7 @@ impl Table {
         }
         println!(" {:>10}", "husk/runc");
         for row in &self.rows {
-            print!("{:<30} {:<7}", row.name, row.unit);
-            for runtime in RUNTIMES {
-                match row.median(runtime) {
-                    Some(value) => print!(" {value:>11.1}"),
-                    None => print!(" {:>11}", "–"),
-                }
-            }
-            match (row.median(Runtime::Husk), row.median(Runtime::Runc)) {
-                (Some(husk), Some(runc)) if runc > 0.0 => println!(" {:>10.2}", husk / runc),
-                _ => println!(),
-            }
+            println!("{}", row.line());
         }
         println!();
     }
