@@ -3,7 +3,7 @@
 //! One thread does everything but what can block, which has others for a moment. `boot` makes the guest a place to run
 //! containers in, `dial` connects to the host, `service` answers its calls: `sandbox` and `net` for those about the guest,
 //! `containers` for those about containers, each a `container` (its set-up) with its `process`es and their `stream`s; `volume` for
-//! the directories of the host's that are copied. `reaper` learns how processes end, `events` what happens unasked.
+//! the directories of the host's that are copied; `forward` for port-forwards. `reaper` learns how processes end, `events` what happens unasked.
 
 pub mod boot;
 pub mod cgroup;
@@ -16,6 +16,7 @@ pub mod dial;
 pub mod error;
 pub mod events;
 mod execs;
+pub mod forward;
 pub mod launch;
 pub mod log;
 pub mod loopback;

@@ -12,9 +12,10 @@ use async_trait::async_trait;
 use husk_protocol::agent::{
     Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
-    ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, Network, OomKill, ProcessInfo,
-    ProcessRequest, ResizeRequest, ResizeResponse, ResizeTerminalRequest, SignalProcessRequest,
-    SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse, create_agent, event,
+    ExecProcessRequest, ExecProcessResponse, ForwardPortRequest, ListProcessesResponse, Network,
+    OomKill, ProcessInfo, ProcessRequest, ResizeRequest, ResizeResponse, ResizeTerminalRequest,
+    SignalProcessRequest, SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse,
+    create_agent, event,
 };
 use husk_protocol::guest_path;
 use tokio::sync::Notify;
@@ -27,6 +28,7 @@ use crate::cpus;
 use crate::dial::Host;
 use crate::error::AgentError;
 use crate::events::{Events, OomWatch};
+use crate::forward;
 use crate::net;
 use crate::polled::Polled;
 use crate::reaper::Reaper;
@@ -40,6 +42,7 @@ const LAST_TURNS: usize = 32;
 /// The agent API.
 pub struct Service<R: Runtime> {
     containers: Arc<Containers<R>>,
+    host: Arc<dyn Host>,
     volumes: Arc<Volumes>,
     events: Arc<Events>,
     milestones: Milestones,
@@ -69,7 +72,8 @@ impl<R: Runtime> Service<R> {
             }
         });
         Ok(Self {
-            containers: Arc::new(Containers::new(runtime, host, reaper, oom)),
+            containers: Arc::new(Containers::new(runtime, Arc::clone(&host), reaper, oom)),
+            host,
             volumes: Arc::new(Volumes::new(guest_path::VOLUMES)),
             events,
             milestones,
@@ -173,6 +177,17 @@ impl<R: Runtime> Agent for Service<R> {
                 })?
         })
         .await?;
+        Ok(Empty::new())
+    }
+
+    async fn forward_port(
+        &self,
+        _: &TtrpcContext,
+        request: ForwardPortRequest,
+    ) -> ttrpc::Result<Empty> {
+        let plan = forward::Plan::new(&request)?;
+        // Half a port-forward is none: it may end with its caller.
+        plan.open(&*self.host).await?;
         Ok(Empty::new())
     }
 

@@ -231,7 +231,8 @@ async fn write_all(to: &Polled, data: &[u8], mut progress: impl FnMut(usize)) ->
 }
 
 /// Nobody is left on the other side.
-struct Gone;
+#[derive(Debug)]
+pub struct Gone;
 
 fn read_now(fd: &impl AsFd, buffer: &mut [u8]) -> nix::Result<usize> {
     loop {
@@ -358,7 +359,29 @@ async fn carry_in(connection: Polled, target: Polled, kind: InputKind) {
     }
 }
 
-/// Tells the host that nothing more comes.
+/// Copies what comes from one socket to another, to its end, which is passed on.
+///
+/// # Errors
+/// Where nobody takes it any more.
+pub async fn carry(from: &Polled, to: &Polled) -> Result<(), Gone> {
+    let mut sink = Some(Polled::clone(to));
+    loop {
+        let mut ready = from.readable().await.map_err(|_| Gone)?;
+        match take(from, &mut sink, |_| ()) {
+            Taken::Nothing => ready.clear_ready(),
+            Taken::Some(_, rest) => {
+                write_all(sink.as_ref().ok_or(Gone)?, &rest, |_| ()).await?;
+                tokio::task::consume_budget().await;
+            }
+            Taken::End => {
+                half_close(to);
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Tells the other side that nothing more comes.
 fn half_close(connection: &Polled) {
     // Where that fails the host has gone, or closing the socket says the same in a moment.
     let _ = nix::sys::socket::shutdown(

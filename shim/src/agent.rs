@@ -7,9 +7,9 @@ use std::{future::Future, time::Duration};
 
 use husk_protocol::agent::{
     AgentClient, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateSandboxRequest, CreateSandboxResponse, Empty, Event, ExecProcessRequest, Network,
-    ProcessRequest, ResizeRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio,
-    SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse,
+    CreateSandboxRequest, CreateSandboxResponse, Empty, Event, ExecProcessRequest,
+    ForwardPortRequest, Network, ProcessRequest, ResizeRequest, ResizeTerminalRequest,
+    SignalProcessRequest, Stdio, SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse,
 };
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{r#async::Client, asynchronous::transport::Socket, context::Context};
@@ -21,6 +21,9 @@ const SET_UP: Duration = Duration::from_secs(60);
 
 /// Bound of everything else that the agent does on the spot.
 const ON_THE_SPOT: Duration = Duration::from_secs(10);
+
+/// Bound of a dial in the guest: beyond the agent's own, which tries two addresses for 5 s each.
+const DIAL: Duration = Duration::from_secs(15);
 
 /// Bound of a signal: short, because Kill is what people reach for when a guest does not answer.
 const SIGNAL: Duration = Duration::from_secs(5);
@@ -320,6 +323,22 @@ impl Agent {
     pub async fn sync_volume(&self, request: &SyncVolumeRequest) -> Result<(), TaskError> {
         let call = self.client.sync_volume(Context::default(), request);
         self.call("bring the volume up to date", Some(ON_THE_SPOT), call)
+            .await
+            .map(drop)
+    }
+
+    /// Connects a port of the guest's localhost to the stream of this token.
+    ///
+    /// # Errors
+    /// As [`Self::create_sandbox`]: also where nobody listens.
+    pub async fn forward_port(&self, port: u16, token: Vec<u8>) -> Result<(), TaskError> {
+        let request = ForwardPortRequest {
+            port: port.into(),
+            token,
+            ..Default::default()
+        };
+        let call = self.client.forward_port(Context::default(), &request);
+        self.call("connect to the port", Some(DIAL), call)
             .await
             .map(drop)
     }

@@ -233,7 +233,12 @@ impl Sandbox {
             "starting the VM"
         );
         let limit = self.config.start_timeout;
-        let plug = async { Ok(network.plug(&found, vcpus).await?) };
+        let mut forwarder = None;
+        let plug = async {
+            let taps = network.plug(&found, vcpus).await?;
+            forwarder = network.forwarder(&found).await;
+            Ok(taps)
+        };
         let connect = self.connect(&*machine, plan, plug, agent_connection);
         let ended = || async {
             let reason = self.phase.watch().gone().await;
@@ -265,6 +270,10 @@ impl Sandbox {
             memory_bytes = guest.memory_bytes,
             "the guest is ready"
         );
+        if let Some(forwarder) = forwarder {
+            let (streams, phase) = (self.streams.clone(), self.phase.watch());
+            forwarder.serve(&self.id, agent.clone(), streams, phase);
+        }
         if network.waits(&found) {
             let phase = self.phase.watch();
             let late = Late::look_out(network, machine, agent.clone(), vcpus, phase);

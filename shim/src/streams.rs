@@ -1,4 +1,4 @@
-//! Which of the guest's connections is whose standard stream.
+//! Which of the guest's connections is which stream: a process's standard stream, or a port-forward.
 //!
 //! Everything in the guest can dial the host, containers included. A stream is known by the token that the agent was given for it
 //! and by nothing else: a connection that does not open with an expected token within a short time is closed, unread.
@@ -14,7 +14,12 @@ use husk_protocol::{
     agent,
     stream::{TOKEN_LEN, Token},
 };
-use tokio::{io::AsyncReadExt as _, net::UnixStream, sync::Semaphore, time::timeout};
+use tokio::{
+    io::AsyncReadExt as _,
+    net::UnixStream,
+    sync::{Semaphore, oneshot},
+    time::timeout,
+};
 use tracing::{debug, warn};
 
 use crate::stdio::{Stdio, StreamKind};
@@ -37,7 +42,10 @@ impl Sink for Stdio {
     }
 }
 
-type Expected = HashMap<Token, (Arc<dyn Sink>, StreamKind)>;
+/// Takes the stream of a token.
+type Join = Box<dyn FnOnce(UnixStream) + Send>;
+
+type Expected = HashMap<Token, Join>;
 
 /// The streams that the shim waits for.
 #[derive(Clone)]
@@ -56,9 +64,12 @@ impl Default for Streams {
 }
 
 /// Tokens handed to the agent for one process. Those not used are forgotten with this value.
-pub struct Expecting {
+pub struct Expecting(HashMap<StreamKind, Reserved>);
+
+/// A token handed to the agent. Where it is not used, it is forgotten with this value.
+pub struct Reserved {
     streams: Streams,
-    tokens: HashMap<StreamKind, Token>,
+    token: Token,
 }
 
 impl Streams {
@@ -75,19 +86,35 @@ impl Streams {
         sink: &Arc<impl Sink + 'static>,
         kinds: &[StreamKind],
     ) -> io::Result<Expecting> {
-        let mut expecting = Expecting {
-            streams: self.clone(),
-            tokens: HashMap::new(),
-        };
+        let mut tokens = HashMap::new();
         for &kind in kinds {
-            let mut bytes = [0; TOKEN_LEN];
-            random(&mut bytes)?;
-            let token = Token::new(bytes);
-            let sink: Arc<dyn Sink> = sink.clone();
-            self.lock().insert(token.clone(), (sink, kind));
-            expecting.tokens.insert(kind, token);
+            let sink = Arc::clone(sink);
+            let join = move |stream| sink.connect(kind, stream);
+            tokens.insert(kind, self.reserve(Box::new(join))?);
         }
-        Ok(expecting)
+        Ok(Expecting(tokens))
+    }
+
+    /// Makes the token of a stream that comes out of the receiver.
+    ///
+    /// # Errors
+    /// When the kernel gives no random bytes.
+    pub fn expect_one(&self) -> io::Result<(Reserved, oneshot::Receiver<UnixStream>)> {
+        let (sender, stream) = oneshot::channel();
+        // Nobody may wait any more: then it is closed.
+        let join = move |stream| drop(sender.send(stream));
+        Ok((self.reserve(Box::new(join))?, stream))
+    }
+
+    fn reserve(&self, join: Join) -> io::Result<Reserved> {
+        let mut bytes = [0; TOKEN_LEN];
+        random(&mut bytes)?;
+        let token = Token::new(bytes);
+        self.lock().insert(token.clone(), join);
+        Ok(Reserved {
+            streams: self.clone(),
+            token,
+        })
     }
 
     /// Takes a connection to the stream port: reads its token and joins it, in the background.
@@ -108,7 +135,7 @@ impl Streams {
             // A token opens one stream, once.
             let taken = streams.lock().remove(&Token::new(token));
             match taken {
-                Some((sink, kind)) => sink.connect(kind, stream),
+                Some(join) => join(stream),
                 None => warn!("a stream connection with a token that nobody waits for, closed"),
             }
         });
@@ -119,9 +146,9 @@ impl Expecting {
     /// The tokens as the agent gets them.
     pub fn for_agent(&self, terminal: bool) -> agent::Stdio {
         let field = |kind: StreamKind| {
-            self.tokens
+            self.0
                 .get(&kind)
-                .map(|token| token.as_bytes().to_vec())
+                .map(|reserved| reserved.token.as_bytes().to_vec())
                 .unwrap_or_default()
         };
         agent::Stdio {
@@ -134,12 +161,16 @@ impl Expecting {
     }
 }
 
-impl Drop for Expecting {
+impl Reserved {
+    /// The token as the agent gets it.
+    pub fn for_agent(&self) -> Vec<u8> {
+        self.token.as_bytes().to_vec()
+    }
+}
+
+impl Drop for Reserved {
     fn drop(&mut self) {
-        let mut expected = self.streams.lock();
-        for token in self.tokens.values() {
-            expected.remove(token);
-        }
+        self.streams.lock().remove(&self.token);
     }
 }
 

@@ -7,6 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod forward;
 mod host;
 mod processes;
 

@@ -8,11 +8,13 @@
 //!
 //! Nothing here changes the namespace of a thread that the shim goes on using (see [`namespace`]).
 
+pub mod forward;
 pub mod late;
 pub mod model;
 pub mod namespace;
 pub mod redirect;
 pub mod scan;
+pub mod steer;
 pub mod tap;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -25,9 +27,10 @@ use std::{
 };
 
 use husk_protocol::vm::{MAX_NICS, NicConfig};
-use tracing::{debug, instrument};
+use tracing::{debug, instrument, warn};
 
-use crate::{pod::PodSpec, spec::NetworkNamespace};
+use crate::{error::chain, pod::PodSpec, spec::NetworkNamespace};
+use forward::Forwarder;
 use model::Found;
 use namespace::Namespace;
 
@@ -209,6 +212,23 @@ impl Network {
             taps.push(tap.fds);
         }
         Ok(taps)
+    }
+
+    /// Listens for port-forwards. `None` where there is no network, or none yet ([`forward`] says why), or where the host does not
+    /// let us: the pod works without.
+    pub async fn forwarder(&self, found: &Found) -> Option<Forwarder> {
+        let namespace = self.namespace.as_ref().filter(|_| !self.waits(found))?;
+        match Forwarder::open(namespace).await {
+            Ok(forwarder) => Some(forwarder),
+            Err(error) => {
+                let error = chain(&error);
+                warn!(
+                    error,
+                    "no port-forwards to this pod: they need Linux 5.9, CAP_BPF and a loopback interface that is up"
+                );
+                None
+            }
+        }
     }
 
     /// Gives the interfaces back to the host's stack. Does what it can: mostly the engine has taken the namespace away already, or

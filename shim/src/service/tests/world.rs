@@ -84,6 +84,8 @@ pub struct Guest {
     pub spec: Mutex<Vec<u8>>,
     /// vCPUs that can be brought online.
     pub cpus: Mutex<u32>,
+    /// Takes the ports that are forwarded, with their streams' tokens. Without it every port is refused.
+    pub forwards: OnceLock<mpsc::UnboundedSender<(u32, Vec<u8>)>>,
     /// NextEvent answers.
     pub events: OnceLock<tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>>,
 }
@@ -166,6 +168,20 @@ impl Agent for FakeAgent {
             online_cpus: request.online_cpus.min(*self.0.cpus.lock().unwrap()),
             ..Default::default()
         })
+    }
+    async fn forward_port(
+        &self,
+        _: &TtrpcContext,
+        request: ForwardPortRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        let port = request.port;
+        self.0.called(format!("forward {port}")).await;
+        let Some(tokens) = self.0.forwards.get() else {
+            let refused = format!("nobody listens on port {port}");
+            return Err(TaskError::new(ttrpc::Code::INTERNAL, refused).into());
+        };
+        tokens.send((port, request.token)).unwrap();
+        Ok(agent::Empty::new())
     }
     async fn create_container(
         &self,
