@@ -11,17 +11,22 @@
 
 use std::fmt::Debug;
 use std::fs;
-use std::net::IpAddr;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use husk_agent::error::AgentError;
-use husk_agent::net::{Config, configure};
-use husk_protocol::agent::{Address, Interface, Neighbour, Network, Route};
+use husk_protocol::agent::Network;
 use husk_protocol::vm::nic_mac;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
+
+#[path = "net/request.rs"]
+mod request;
+#[path = "net/table.rs"]
+mod table;
+
+use request::{apply, connected, everything_asked, interface, network, route};
 
 /// Runs a test with devices of these names, numbered as they come. Each is connected to a `farN`, which is up.
 fn with_devices(names: &[&str], test: impl FnOnce() + Send) {
@@ -119,114 +124,6 @@ fn addresses(name: &str) -> Vec<String> {
             format!("{local}/{} {scope}", a["prefixlen"])
         })
         .collect()
-}
-
-fn bytes(ip: &str) -> Vec<u8> {
-    match ip.parse().unwrap() {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    }
-}
-
-fn interface(device: u8, name: &str, prefixes: &[&str]) -> Interface {
-    Interface {
-        device: device.into(),
-        name: name.into(),
-        mac: nic_mac(device).to_vec(),
-        addresses: prefixes.iter().map(|prefix| address(prefix)).collect(),
-        ..Default::default()
-    }
-}
-
-fn address(prefix: &str) -> Address {
-    let (ip, len) = prefix.split_once('/').unwrap();
-    Address {
-        ip: bytes(ip),
-        prefix_len: len.parse().unwrap(),
-        ..Default::default()
-    }
-}
-
-fn route(prefix: &str, gateway: &str, interface: &str) -> Route {
-    let to = address(prefix);
-    Route {
-        destination: to.ip,
-        prefix_len: to.prefix_len,
-        gateway: match gateway {
-            "" => Vec::new(),
-            gateway => bytes(gateway),
-        },
-        interface: interface.into(),
-        kind: libc::RTN_UNICAST.into(),
-        ..Default::default()
-    }
-}
-
-fn network(interfaces: Vec<Interface>, routes: Vec<Route>) -> Network {
-    Network {
-        interfaces,
-        routes,
-        ..Default::default()
-    }
-}
-
-fn apply(network: &Network) -> Result<(), AgentError> {
-    configure(&Config::new(network.clone())?)
-}
-
-/// What a pod may well have, all of it.
-fn everything_asked() -> Network {
-    let mut eth0 = interface(0, "eth0", &["10.244.1.5/24", "fd00::5/64", "fe80::1234/64"]);
-    eth0.mtu = 9000;
-    eth0.addresses[0].broadcast = vec![10, 244, 1, 255];
-    eth0.addresses[2].scope = libc::RT_SCOPE_LINK.into();
-    let mut connected = route("10.244.1.0/24", "", "eth0");
-    connected.scope = libc::RT_SCOPE_LINK.into();
-    connected.source = bytes("10.244.1.5");
-    let mut default = route("0.0.0.0/0", "10.244.1.1", "eth0");
-    default.mtu = 1400;
-    let mut second = route("0.0.0.0/0", "10.244.1.2", "eth0");
-    second.metric = 50;
-    let mut onlink = route("10.96.0.0/12", "169.254.1.1", "eth0");
-    onlink.onlink = true;
-    onlink.source = bytes("10.244.1.5");
-    let nowhere = |prefix, kind: u8, interface: &str| Route {
-        kind: kind.into(),
-        interface: interface.into(),
-        ..route(prefix, "", "")
-    };
-    let mut six = route("::/0", "fe80::1", "eth0");
-    six.metric = 100;
-    six.source = bytes("fd00::5");
-    let mut network = network(
-        vec![eth0],
-        vec![
-            connected,
-            default,
-            second,
-            onlink,
-            nowhere("10.1.0.0/16", libc::RTN_BLACKHOLE, ""),
-            nowhere("10.2.0.0/16", libc::RTN_UNREACHABLE, ""),
-            nowhere("10.3.0.0/16", libc::RTN_PROHIBIT, ""),
-            nowhere("10.4.0.0/16", libc::RTN_THROW, ""),
-            Route {
-                // The kernel's own for a connected one (IP6_RT_PRIO_ADDRCONF).
-                metric: 256,
-                ..route("fd00::/64", "", "eth0")
-            },
-            six,
-            nowhere("fd01::/48", libc::RTN_BLACKHOLE, "lo"),
-        ],
-    );
-    for (ip, last) in [("169.254.1.1", 1), ("fe80::1", 2)] {
-        network.neighbours.push(Neighbour {
-            interface: "eth0".into(),
-            ip: bytes(ip),
-            mac: vec![2, 0, 0, 0, 1, last],
-            ..Default::default()
-        });
-    }
-    network
 }
 
 #[test]
@@ -350,7 +247,10 @@ fn names_may_change_hands() {
                 interface(1, "eth2", &["10.0.1.1/24"]),
                 interface(2, "eth0", &["10.0.2.1/24"]),
             ],
-            vec![route("0.0.0.0/0", "10.0.2.2", "eth0")],
+            vec![
+                connected("10.0.2.0/24", "eth0", "10.0.2.1"),
+                route("0.0.0.0/0", "10.0.2.2", "eth0"),
+            ],
         ))
         .unwrap();
         assert_eq!(["eth1", "eth2", "eth0"].map(index), [zero, one, two]);

@@ -3,13 +3,13 @@
 use std::net::IpAddr;
 
 use super::netlink::{Request, attribute};
-use super::request::{Address, Mac, Neighbour, Route, Target};
+use super::request::{Address, Hop, Mac, Neighbour, Route, Target};
 
 /// The gateway is taken to be on the link.
-const RTNH_F_ONLINK: u32 = 4;
+const RTNH_F_ONLINK: u8 = 4;
 
-/// The metric that is a path's MTU.
-const RTAX_MTU: u16 = 2;
+/// `sizeof(struct rtnexthop)`.
+const NEXT_HOP_LEN: usize = 8;
 
 /// Names an interface, which is down.
 pub(super) fn name(index: u32, name: &str) -> Request {
@@ -41,75 +41,115 @@ fn link(index: u32, flags: u32, changed: u32) -> Request {
         .bytes(&changed.to_ne_bytes())
 }
 
-/// Adds an address to an interface: `struct ifaddrmsg`.
-pub(super) fn address(address: &Address, index: u32) -> Request {
+/// Adds an address to an interface: `struct ifaddrmsg`. `connected`: the kernel makes a route to its network with it.
+pub(super) fn address(address: &Address, index: u32, connected: bool) -> Request {
     let ip = octets(&address.prefix.ip);
-    let flags = match address.prefix.ip {
+    let tested = match address.prefix.ip {
         IpAddr::V4(_) => 0,
-        IpAddr::V6(_) => libc::IFA_F_NODAD as u8,
+        IpAddr::V6(_) => libc::IFA_F_NODAD,
+    };
+    let alone = if connected {
+        0
+    } else {
+        libc::IFA_F_NOPREFIXROUTE
     };
     let create = libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
     let request = Request::new(libc::RTM_NEWADDR, create)
         .bytes(&[
             family(&address.prefix.ip),
             address.prefix.len,
-            flags,
+            0,
             address.scope,
         ])
         .bytes(&index.to_ne_bytes())
+        .attribute(libc::IFA_FLAGS, &(tested | alone).to_ne_bytes())
         .attribute(libc::IFA_LOCAL, &ip)
-        .attribute(libc::IFA_ADDRESS, &ip);
+        .attribute(
+            libc::IFA_ADDRESS,
+            &address.peer.map_or(ip, |peer| octets(&peer)),
+        );
     match address.broadcast {
         Some(broadcast) => request.attribute(libc::IFA_BROADCAST, &broadcast.octets()),
         None => request,
     }
 }
 
-/// Adds a route: `struct rtmsg`.
-pub(super) fn route(route: &Route, index: Option<u32>) -> Request {
+/// Adds a route, with the indices of the interfaces that its ways lead out of: `struct rtmsg`.
+pub(super) fn route(route: &Route, indices: &[u32]) -> Request {
     let destination = &route.destination;
-    // IPv4 has one route for a destination and a metric; IPv6 has one for each interface and gateway.
-    let once = if destination.ip.is_ipv4() {
-        libc::NLM_F_EXCL
+    // IPv4 puts it behind others with this destination and metric; IPv6 does so by itself.
+    let behind = if destination.ip.is_ipv4() {
+        libc::NLM_F_APPEND
     } else {
         0
     };
-    let (kind, flags) = match route.target {
-        Target::Out { onlink: true, .. } => (libc::RTN_UNICAST, RTNH_F_ONLINK),
-        Target::Out { .. } => (libc::RTN_UNICAST, 0),
-        Target::Nowhere(kind) => (kind, 0),
+    let (kind, source) = match &route.target {
+        Target::Out { source, .. } => (libc::RTN_UNICAST, *source),
+        Target::Nowhere(kind) => (*kind, None),
+    };
+    let hops: Vec<_> = indices.iter().copied().zip(route.hops()).collect();
+    let flags = match hops.as_slice() {
+        [(_, only)] => hop_flags(only),
+        _ => 0,
     };
     let mut request = Request::new(
         libc::RTM_NEWROUTE,
-        libc::NLM_F_ACK | libc::NLM_F_CREATE | once,
+        libc::NLM_F_ACK | libc::NLM_F_CREATE | behind,
     )
     .bytes(&[family(&destination.ip), destination.len, 0, 0])
-    .bytes(&[libc::RT_TABLE_MAIN, libc::RTPROT_BOOT, route.scope, kind])
-    .bytes(&flags.to_ne_bytes());
+    .bytes(&[libc::RT_TABLE_MAIN, route.protocol, route.scope, kind])
+    .bytes(&u32::from(flags).to_ne_bytes());
     if destination.len > 0 {
         request = request.attribute(libc::RTA_DST, &octets(&destination.ip));
     }
-    if let Some(index) = index {
-        request = request.attribute(libc::RTA_OIF, &index.to_ne_bytes());
-    }
-    if let Target::Out {
-        gateway, source, ..
-    } = &route.target
-    {
-        for (kind, ip) in [(libc::RTA_GATEWAY, gateway), (libc::RTA_PREFSRC, source)] {
-            if let Some(ip) = ip {
-                request = request.attribute(kind, &octets(ip));
-            }
+    request = match hops.as_slice() {
+        [] => request,
+        [(index, only)] => request
+            .attribute(libc::RTA_OIF, &index.to_ne_bytes())
+            .bytes(&gateway(only)),
+        several => {
+            let several: Vec<u8> = several.iter().flat_map(next_hop).collect();
+            request.attribute(libc::RTA_MULTIPATH, &several)
         }
+    };
+    if let Some(source) = source {
+        request = request.attribute(libc::RTA_PREFSRC, &octets(&source));
     }
     if route.metric != 0 {
         request = request.attribute(libc::RTA_PRIORITY, &route.metric.to_ne_bytes());
     }
-    if route.mtu != 0 {
-        let metrics = attribute(RTAX_MTU, &route.mtu.to_ne_bytes());
+    let metrics = (0..)
+        .zip(&route.metrics)
+        .filter(|(_, value)| **value != 0)
+        .flat_map(|(kind, value)| attribute(kind, &value.to_ne_bytes()));
+    let metrics: Vec<u8> = metrics.collect();
+    if !metrics.is_empty() {
         request = request.attribute(libc::RTA_METRICS, &metrics);
     }
     request
+}
+
+/// One way of several: `struct rtnexthop`. It is short, so its length fits.
+fn next_hop((index, hop): &(u32, &Hop)) -> Vec<u8> {
+    let gateway = gateway(hop);
+    let length = (NEXT_HOP_LEN + gateway.len()) as u16;
+    [
+        &length.to_ne_bytes()[..],
+        &[hop_flags(hop), hop.extra_weight],
+        &index.to_ne_bytes(),
+        &gateway,
+    ]
+    .concat()
+}
+
+fn hop_flags(hop: &Hop) -> u8 {
+    if hop.onlink { RTNH_F_ONLINK } else { 0 }
+}
+
+fn gateway(hop: &Hop) -> Vec<u8> {
+    hop.gateway
+        .map(|ip| attribute(libc::RTA_GATEWAY, &octets(&ip)))
+        .unwrap_or_default()
 }
 
 /// Sets a neighbour: `struct ndmsg`.

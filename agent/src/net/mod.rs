@@ -5,7 +5,8 @@
 //! follow one of which it is a part.
 //!
 //! An interface has what the request says and nothing else: it takes no router advertisements and makes up no addresses
-//! (the host's network namespace did all that). The one exception is the link-local address, without which IPv6 does not work on a
+//! (the host's network namespace did all that), and no route to the network of an address that the request does not have.
+//! The one exception is the link-local address, without which IPv6 does not work on a
 //! link: where a request has IPv6 addresses and none of the link among them, the kernel makes it. No address is tested for
 //! duplicates: the one there is is its original, on the host's interface, whose stack never answers.
 
@@ -25,7 +26,7 @@ use crate::error::AgentError;
 use links::{Link, Plan, Planned};
 use netlink::{Netlink, Refused};
 pub use request::Config;
-use request::{Address, Interface, Target};
+use request::{Address, Interface};
 
 /// What a device is called for the moment that its name is another's; the kernel fills in a number.
 const ASIDE: &str = "husk%d";
@@ -50,15 +51,15 @@ pub fn configure(config: &Config) -> Result<(), AgentError> {
     }
     for Planned { link, becomes, .. } in &mut plan.links {
         if let Some(interface) = becomes {
-            set_up(&mut netlink, link, interface)?;
+            set_up(&mut netlink, link, interface, config)?;
         }
     }
     for route in &config.routes {
-        let index = match &route.target {
-            Target::Out { interface, .. } => Some(plan.index(interface)?),
-            Target::Nowhere(_) => None,
-        };
-        there_already(netlink.call(messages::route(route, index)))
+        let hops = route.hops().iter();
+        let indices: Vec<u32> = hops
+            .map(|hop| plan.index(&hop.interface))
+            .collect::<Result<_, _>>()?;
+        there_already(netlink.call(messages::route(route, &indices)))
             .map_err(|e| AgentError::guest(format!("adding the route {route}"), e))?;
     }
     for neighbour in &config.neighbours {
@@ -97,7 +98,12 @@ fn set_down(netlink: &mut Netlink, link: &mut Link) -> Result<(), AgentError> {
 }
 
 /// Makes a device the interface that it is to be.
-fn set_up(netlink: &mut Netlink, link: &mut Link, interface: &Interface) -> Result<(), AgentError> {
+fn set_up(
+    netlink: &mut Netlink,
+    link: &mut Link,
+    interface: &Interface,
+    config: &Config,
+) -> Result<(), AgentError> {
     let name = &interface.name;
     let renamed = link.name != name.as_str();
     let readdressed = link.address != interface.mac.0;
@@ -134,7 +140,8 @@ fn set_up(netlink: &mut Netlink, link: &mut Link, interface: &Interface) -> Resu
             .map_err(|e| AgentError::guest(format!("setting {name} up"), e))?;
     }
     for address in &interface.addresses {
-        there_already(netlink.call(messages::address(address, link.index)))
+        let connected = config.connects(name, address);
+        there_already(netlink.call(messages::address(address, link.index, connected)))
             .map_err(|e| AgentError::guest(format!("adding {} to {name}", address.prefix), e))?;
     }
     Ok(())

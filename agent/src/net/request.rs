@@ -1,7 +1,7 @@
 //! A network that can be asked of the kernel: what a request says, checked once and turned into types.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_protocol::agent;
 use husk_protocol::vm::MAX_NICS;
@@ -10,6 +10,16 @@ use crate::error::AgentError;
 
 /// Most addresses of one interface, routes, or neighbours of one request: what keeps a request bounded, far from what a pod has.
 const MOST: usize = 1024;
+
+/// Most ways of one route, for the same reason; they fit one attribute.
+const MOST_HOPS: usize = 256;
+
+/// The highest number of a route's metric (`RTAX_MAX` of `linux/rtnetlink.h`), and the one that is no number but a name.
+const RTAX_MAX: usize = 17;
+const RTAX_CC_ALGO: usize = 16;
+
+/// The metric of an IPv6 route that the kernel makes with an address (`net/ip6_route.h`).
+const IP6_RT_PRIO_ADDRCONF: u32 = 256;
 
 /// Longest name of an interface in bytes (`IFNAMSIZ` less the zero).
 const NAME_MAX: usize = libc::IFNAMSIZ - 1;
@@ -39,6 +49,8 @@ pub(super) struct Address {
     pub(super) prefix: Prefix,
     pub(super) broadcast: Option<Ipv4Addr>,
     pub(super) scope: u8,
+    /// The address at the other end, of which the prefix's length speaks then.
+    pub(super) peer: Option<IpAddr>,
 }
 
 /// A route of the main table.
@@ -47,24 +59,34 @@ pub(super) struct Route {
     pub(super) destination: Prefix,
     pub(super) target: Target,
     pub(super) scope: u8,
+    /// `RTPROT_*`: who has made it.
+    pub(super) protocol: u8,
     /// Zero: none.
     pub(super) metric: u32,
-    /// Zero: none.
-    pub(super) mtu: u32,
+    /// `RTAX_n` at place n; zero: none.
+    pub(super) metrics: Vec<u32>,
 }
 
 /// Where a route leads.
 #[derive(Debug)]
 pub(super) enum Target {
-    /// Out of an interface.
+    /// Out, by at least one way.
     Out {
-        interface: Name,
-        gateway: Option<IpAddr>,
-        onlink: bool,
+        hops: Vec<Hop>,
         source: Option<IpAddr>,
     },
     /// Nowhere: `RTN_BLACKHOLE` and its like.
     Nowhere(u8),
+}
+
+/// One way of a route.
+#[derive(Debug)]
+pub(super) struct Hop {
+    pub(super) interface: Name,
+    pub(super) gateway: Option<IpAddr>,
+    pub(super) onlink: bool,
+    /// Its share, less one.
+    pub(super) extra_weight: u8,
 }
 
 /// A permanent entry of the neighbour table.
@@ -122,11 +144,31 @@ impl Config {
 
     /// The interfaces that routes and neighbours name.
     pub(super) fn named(&self) -> impl Iterator<Item = &Name> {
-        let routes = self.routes.iter().filter_map(|route| match &route.target {
-            Target::Out { interface, .. } => Some(interface),
-            Target::Nowhere(_) => None,
-        });
-        routes.chain(self.neighbours.iter().map(|n| &n.interface))
+        let hops = self.routes.iter().flat_map(|route| route.hops());
+        hops.map(|hop| &hop.interface)
+            .chain(self.neighbours.iter().map(|n| &n.interface))
+    }
+
+    /// Whether there is the route that the kernel makes with an address, to its network, if it makes one: whoever made the pod's network may have taken
+    /// it away, or put another in its place.
+    pub(super) fn connects(&self, interface: &Name, address: &Address) -> bool {
+        let network = address.network();
+        if network.ip.is_ipv4() && network.len == 32 && address.peer.is_none() {
+            // The kernel makes none.
+            return true;
+        }
+        let metric = if network.ip.is_ipv4() {
+            0
+        } else {
+            IP6_RT_PRIO_ADDRCONF
+        };
+        self.routes.iter().any(|route| {
+            let on_link = |hop: &Hop| hop.gateway.is_none() && hop.interface == *interface;
+            (route.destination, route.protocol) == (network, libc::RTPROT_KERNEL)
+                && route.metric == metric
+                && route.metrics.iter().all(|value| *value == 0)
+                && route.hops().iter().all(on_link)
+        })
     }
 }
 
@@ -168,11 +210,32 @@ impl Address {
                 )));
             }
         };
+        let peer = optional_ip(&address.peer)?;
+        if peer.is_some_and(|peer| peer.is_ipv4() != prefix.ip.is_ipv4()) {
+            return Err(invalid(format!("{prefix} mixes IPv4 and IPv6")));
+        }
         Ok(Self {
             prefix,
             broadcast,
-            scope: scope(address.scope)?,
+            scope: byte("scope", address.scope)?,
+            peer,
         })
+    }
+
+    /// The network that it is in.
+    pub(super) fn network(&self) -> Prefix {
+        let Prefix { ip, len } = self.prefix;
+        let ip = match self.peer.unwrap_or(ip) {
+            IpAddr::V4(ip) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(len)).unwrap_or(0);
+                Ipv4Addr::from_bits(ip.to_bits() & mask).into()
+            }
+            IpAddr::V6(ip) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(len)).unwrap_or(0);
+                Ipv6Addr::from_bits(ip.to_bits() & mask).into()
+            }
+        };
+        Prefix { ip, len }
     }
 
     /// Whether this is an IPv6 address of the link (`fe80::/10`).
@@ -184,49 +247,87 @@ impl Address {
 impl Route {
     fn new(route: agent::Route) -> Result<Self, AgentError> {
         let destination = Prefix::new(&route.destination, route.prefix_len)?;
-        let wrong = |what: &str| Err(invalid(format!("the route to {destination} {what}")));
-        let gateway = optional_ip(&route.gateway)?;
+        let wrong = |what: &str| invalid(format!("the route to {destination} {what}"));
+        bounded("ways of a route", route.hops.len(), MOST_HOPS)?;
+        let hops = all(route.hops, Hop::new)?;
         let source = optional_ip(&route.source)?;
-        if [gateway, source]
-            .iter()
-            .flatten()
+        let gateways = hops.iter().filter_map(|hop| hop.gateway);
+        if gateways
+            .chain(source)
             .any(|ip| ip.is_ipv4() != destination.ip.is_ipv4())
         {
-            return wrong("mixes IPv4 and IPv6");
+            return Err(wrong("mixes IPv4 and IPv6"));
         }
-        let target = match u8::try_from(route.kind) {
-            Ok(libc::RTN_UNICAST) => {
-                if route.onlink && gateway.is_none() {
-                    return wrong("has no gateway that could be on the link");
-                }
-                Target::Out {
-                    interface: Name::new(route.interface)?,
-                    gateway,
-                    onlink: route.onlink,
-                    source,
-                }
-            }
-            Ok(
-                kind @ (libc::RTN_BLACKHOLE
-                | libc::RTN_UNREACHABLE
-                | libc::RTN_PROHIBIT
-                | libc::RTN_THROW),
+        let target = match (u8::try_from(route.kind), hops.is_empty()) {
+            (Ok(libc::RTN_UNICAST), true) => return Err(wrong("has no way")),
+            (Ok(libc::RTN_UNICAST), false) => Target::Out { hops, source },
+            (
+                Ok(
+                    kind @ (libc::RTN_BLACKHOLE
+                    | libc::RTN_UNREACHABLE
+                    | libc::RTN_PROHIBIT
+                    | libc::RTN_THROW),
+                ),
+                leads_nowhere,
             ) => {
-                // IPv6 shows them on lo.
-                let interface = matches!(route.interface.as_str(), "" | "lo");
-                if !interface || route.onlink || gateway.is_some() || source.is_some() {
-                    return wrong("leads nowhere, and yet somewhere");
+                if !leads_nowhere || source.is_some() {
+                    return Err(wrong("leads nowhere, and yet somewhere"));
                 }
                 Target::Nowhere(kind)
             }
-            _ => return wrong(&format!("is of a kind that is not known: {}", route.kind)),
+            _ => {
+                return Err(wrong(&format!(
+                    "is of a kind that is not known: {}",
+                    route.kind
+                )));
+            }
         };
+        let is_number = |(place, value): (usize, &u32)| {
+            *value == 0 || matches!(place, 1..=RTAX_MAX) && place != RTAX_CC_ALGO
+        };
+        if !route.metrics.iter().enumerate().all(is_number) {
+            return Err(wrong("has a metric that is not known"));
+        }
         Ok(Self {
             destination,
             target,
-            scope: scope(route.scope)?,
+            scope: byte("scope", route.scope)?,
+            protocol: byte("routing protocol", route.protocol)?,
             metric: route.metric,
-            mtu: route.mtu,
+            metrics: route.metrics,
+        })
+    }
+
+    /// Its ways; none where it leads nowhere.
+    pub(super) fn hops(&self) -> &[Hop] {
+        match &self.target {
+            Target::Out { hops, .. } => hops,
+            Target::Nowhere(_) => &[],
+        }
+    }
+}
+
+impl Hop {
+    fn new(hop: agent::NextHop) -> Result<Self, AgentError> {
+        let interface = Name::new(hop.interface)?;
+        let gateway = optional_ip(&hop.gateway)?;
+        if hop.onlink && gateway.is_none() {
+            return Err(invalid(format!(
+                "a way out of {interface} has no gateway that could be on the link"
+            )));
+        }
+        let extra_weight = hop.weight.checked_sub(1).map(u8::try_from);
+        let Some(Ok(extra_weight)) = extra_weight else {
+            return Err(invalid(format!(
+                "a way out of {interface} has the weight {}: it is 1 to 256",
+                hop.weight
+            )));
+        };
+        Ok(Self {
+            interface,
+            gateway,
+            onlink: hop.onlink,
+            extra_weight,
         })
     }
 }
@@ -319,8 +420,8 @@ fn optional_ip(bytes: &[u8]) -> Result<Option<IpAddr>, AgentError> {
     }
 }
 
-fn scope(scope: u32) -> Result<u8, AgentError> {
-    u8::try_from(scope).map_err(|_| invalid(format!("{scope} is not a scope: at most 255 is")))
+fn byte(what: &str, number: u32) -> Result<u8, AgentError> {
+    u8::try_from(number).map_err(|_| invalid(format!("{number} is not a {what}: at most 255 is")))
 }
 
 impl fmt::Display for Name {
@@ -346,17 +447,21 @@ impl fmt::Display for Mac {
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.target {
-            Target::Out {
-                interface, gateway, ..
-            } => {
+            Target::Out { hops, .. } => {
                 write!(f, "{}", self.destination)?;
-                if let Some(gateway) = gateway {
-                    write!(f, " via {gateway}")?;
-                }
-                write!(f, " dev {interface}")
+                hops.iter().try_for_each(|hop| write!(f, "{hop}"))
             }
             Target::Nowhere(_) => write!(f, "{} to nowhere", self.destination),
         }
+    }
+}
+
+impl fmt::Display for Hop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(gateway) = self.gateway {
+            write!(f, " via {gateway}")?;
+        }
+        write!(f, " dev {}", self.interface)
     }
 }
 

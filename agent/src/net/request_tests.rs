@@ -20,8 +20,16 @@ fn route() -> agent::Route {
     agent::Route {
         destination: vec![10, 0, 0, 0],
         prefix_len: 8,
-        interface: "eth0".into(),
+        hops: vec![hop()],
         kind: libc::RTN_UNICAST.into(),
+        ..Default::default()
+    }
+}
+
+fn hop() -> agent::NextHop {
+    agent::NextHop {
+        interface: "eth0".into(),
+        weight: 1,
         ..Default::default()
     }
 }
@@ -99,6 +107,14 @@ fn an_address_is_checked() {
     };
     with(&[10, 0, 0, 1], 32, &[10, 0, 0, 255], 255).unwrap();
     with(&[1; 16], 128, &[], 0).unwrap();
+    let peer = with_interface(|i| {
+        i.addresses.push(agent::Address {
+            ip: vec![10, 0, 0, 1],
+            peer: vec![1; 16],
+            ..Default::default()
+        });
+    });
+    assert!(said(peer).contains("mixes IPv4 and IPv6"));
     for (refused, words) in [
         (with(&[], 0, &[], 0), "four bytes or sixteen"),
         (with(&[1; 5], 0, &[], 0), "four bytes or sixteen"),
@@ -118,17 +134,37 @@ fn a_route_is_checked() {
     with_route(|_| {}).unwrap();
     with_route(|r| {
         r.kind = libc::RTN_BLACKHOLE.into();
-        r.interface = String::new();
+        r.hops.clear();
     })
     .unwrap();
-    let cases: Cases<agent::Route, 8> = [
-        ("mixes IPv4 and IPv6", |r| r.gateway = vec![1; 16]),
+    with_route(|r| {
+        r.hops = vec![hop(); MOST_HOPS];
+        r.hops[1].weight = 256;
+        r.metrics = vec![0; 1000];
+        r.metrics[RTAX_MAX] = 1;
+    })
+    .unwrap();
+    let cases: Cases<agent::Route, 16> = [
+        ("mixes IPv4 and IPv6", |r| r.hops[0].gateway = vec![1; 16]),
         ("mixes IPv4 and IPv6", |r| r.source = vec![1; 16]),
-        ("no gateway", |r| r.onlink = true),
+        ("no gateway", |r| r.hops[0].onlink = true),
         ("a kind that is not known: 0", |r| r.kind = 0),
         ("a kind that is not known: 262", |r| r.kind = 262),
         ("leads nowhere", |r| r.kind = libc::RTN_THROW.into()),
-        ("not the name", |r| r.interface = String::new()),
+        ("has no way", |r| r.hops.clear()),
+        ("257 ways", |r| r.hops = vec![hop(); MOST_HOPS + 1]),
+        ("the weight 0", |r| r.hops[0].weight = 0),
+        ("the weight 257", |r| r.hops[0].weight = 257),
+        ("a metric that is not known", |r| r.metrics = vec![1]),
+        ("a metric that is not known", |r| {
+            r.metrics = vec![1; RTAX_CC_ALGO + 1];
+        }),
+        ("a metric that is not known", |r| {
+            r.metrics = vec![0; RTAX_MAX + 2];
+            r.metrics[RTAX_MAX + 1] = 1;
+        }),
+        ("256 is not a routing protocol", |r| r.protocol = 256),
+        ("not the name", |r| r.hops[0].interface = String::new()),
         ("at most 32 bits", |r| r.prefix_len = 256),
     ];
     for (words, change) in cases {
@@ -189,6 +225,24 @@ proptest! {
             prop_assert_eq!(path.file_name(), Some(name.as_str().as_ref()));
             prop_assert!(name.as_str().len() <= 15);
         }
+    }
+
+    #[test]
+    fn an_address_is_in_its_network(ip in prop_oneof![any::<[u8; 4]>().prop_map(|ip| ip.to_vec()), any::<[u8; 16]>().prop_map(|ip| ip.to_vec())], len in 0_u32..129) {
+        let bits = ip.len() * 8;
+        let len = len.min(bits as u32);
+        let address = agent::Address { ip: ip.clone(), prefix_len: len, ..Default::default() };
+        let network = Address::new(address).unwrap().network();
+        let octets = match network.ip {
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        };
+        let bit = |bytes: &[u8], at: usize| bytes[at / 8] >> (7 - at % 8) & 1;
+        for at in 0..bits {
+            let wanted = if at < len as usize { bit(&ip, at) } else { 0 };
+            prop_assert_eq!(bit(&octets, at), wanted);
+        }
+        prop_assert_eq!(u32::from(network.len), len);
     }
 
     #[test]

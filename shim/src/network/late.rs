@@ -15,7 +15,7 @@ use tracing::{Instrument as _, info, info_span, warn};
 
 use super::{
     Network,
-    model::Found,
+    model::{Found, Interface},
     namespace::{Namespace, Notices},
 };
 use crate::{
@@ -127,7 +127,7 @@ impl Plugger {
         let found = scan.map_err(|e| failed(&e))?;
         let is_there = match asked {
             Asked::ByTheEngine => !found.interfaces.is_empty(),
-            Asked::ByTheKernel => found.interfaces.iter().any(|i| !i.addresses.is_empty()),
+            Asked::ByTheKernel => found.interfaces.iter().any(Interface::is_addressed),
         };
         if !is_there || found == self.given {
             return Ok(());

@@ -13,6 +13,7 @@ pub mod late;
 pub mod model;
 pub mod namespace;
 pub mod redirect;
+mod routes;
 pub mod scan;
 pub mod steer;
 pub mod tap;

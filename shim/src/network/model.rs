@@ -1,6 +1,6 @@
 //! What a pod's network is made of, as found on the host and as the agent gets it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use husk_protocol::agent;
 
@@ -43,6 +43,8 @@ pub struct Address {
     pub broadcast: Option<Ipv4Addr>,
     /// `RT_SCOPE_*`.
     pub scope: u8,
+    /// The address at the other end, of which `prefix_len` speaks then.
+    pub peer: Option<IpAddr>,
 }
 
 /// A route of the main table.
@@ -52,22 +54,33 @@ pub struct Route {
     pub destination: IpAddr,
     /// Length of its prefix, in bits.
     pub prefix_len: u8,
-    /// Via; `None` is on the link.
-    pub gateway: Option<IpAddr>,
-    /// Name of the interface; empty for a route that leads nowhere (blackhole and the like).
-    pub interface: String,
+    /// Where it leads: several ways share the traffic, none is nowhere (blackhole and the like).
+    pub hops: Vec<NextHop>,
     /// Preferred source.
     pub source: Option<IpAddr>,
     /// `RT_SCOPE_*`.
     pub scope: u8,
     /// `RTN_*`.
     pub kind: u8,
+    /// `RTPROT_*`.
+    pub protocol: u8,
     /// Metric; 0 where none is given.
     pub metric: u32,
-    /// Its own MTU; 0 where it has none.
-    pub mtu: u32,
+    /// `RTAX_n` at place n; 0 where nothing is given.
+    pub metrics: Vec<u32>,
+}
+
+/// One way of a route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NextHop {
+    /// Via; `None` is on the link.
+    pub gateway: Option<IpAddr>,
+    /// Name of the interface.
+    pub interface: String,
     /// The gateway counts as reachable without a route to it.
     pub onlink: bool,
+    /// Its share beside that of the others, 1 to 256.
+    pub weight: u16,
 }
 
 /// A neighbour entry that was set by hand.
@@ -84,7 +97,15 @@ pub struct Neighbour {
 /// Puts routes into an order in which a kernel takes them: it wants to know how to reach a gateway when it is told of it, and that
 /// is what routes on the link say. Otherwise the order stays.
 pub fn order(routes: &mut [Route]) {
-    routes.sort_by_key(|route| route.gateway.is_some());
+    routes.sort_by_key(|route| route.hops.iter().any(|hop| hop.gateway.is_some()));
+}
+
+impl Interface {
+    /// Whether it has an address that somebody has given it: the kernel gives each one of its link.
+    pub fn is_addressed(&self) -> bool {
+        let is_of_link = |ip| matches!(ip, IpAddr::V6(ip) if Ipv6Addr::is_unicast_link_local(&ip));
+        self.addresses.iter().any(|a| !is_of_link(a.ip))
+    }
 }
 
 fn octets(ip: IpAddr) -> Vec<u8> {
@@ -133,6 +154,7 @@ impl From<&Address> for agent::Address {
                 .map(|ip| ip.octets().into())
                 .unwrap_or_default(),
             scope: address.scope.into(),
+            peer: address.peer.map(octets).unwrap_or_default(),
             ..Self::default()
         }
     }
@@ -143,14 +165,25 @@ impl From<&Route> for agent::Route {
         Self {
             destination: octets(route.destination),
             prefix_len: route.prefix_len.into(),
-            gateway: route.gateway.map(octets).unwrap_or_default(),
-            interface: route.interface.clone(),
+            hops: route.hops.iter().map(Into::into).collect(),
             source: route.source.map(octets).unwrap_or_default(),
             scope: route.scope.into(),
             kind: route.kind.into(),
+            protocol: route.protocol.into(),
             metric: route.metric,
-            mtu: route.mtu,
-            onlink: route.onlink,
+            metrics: route.metrics.clone(),
+            ..Self::default()
+        }
+    }
+}
+
+impl From<&NextHop> for agent::NextHop {
+    fn from(hop: &NextHop) -> Self {
+        Self {
+            gateway: hop.gateway.map(octets).unwrap_or_default(),
+            interface: hop.interface.clone(),
+            onlink: hop.onlink,
+            weight: hop.weight.into(),
             ..Self::default()
         }
     }

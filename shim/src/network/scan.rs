@@ -1,12 +1,8 @@
 //! Reads a network namespace: what the guest must have so that it is the pod.
 //!
-//! What the guest's kernel makes by itself from the same interfaces and addresses is left out: routes to connected networks,
-//! link-local IPv6 addresses, and what router advertisements bring, which the guest hears itself.
-
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+//! Addresses and routes that the kernel has made are read with the others: somebody may have taken one away, as CNI's ptp plugin does with
+//! the route to the address's network, and then the guest must not have it either. What router advertisements bring is left out: it
+//! lasts only as long as the host hears them.
 
 use futures::TryStreamExt as _;
 use rtnetlink::{
@@ -16,22 +12,18 @@ use rtnetlink::{
         address::{AddressAttribute, AddressFlags, AddressMessage, AddressProtocol},
         link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
-        route::{
-            RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-            RouteNextHopFlags, RouteProtocol, RouteType,
-        },
+        route::RouteMessage,
     },
 };
 use tracing::{debug, warn};
 
 use super::{
     NetworkError,
-    model::{Address, Found, Interface, Neighbour, Route, order},
-    netlink, tap,
+    model::{Address, Found, Interface, Neighbour, order},
+    netlink,
+    routes::{self, Names},
+    tap,
 };
-
-/// Names of the interfaces that the guest gets, by their index on the host.
-type Names = BTreeMap<u32, String>;
 
 /// Reads the namespace in which this socket was opened.
 ///
@@ -60,7 +52,7 @@ pub async fn scan(handle: &Handle) -> Result<Found, NetworkError> {
         let own = addresses
             .iter()
             .filter(|message| message.header.index == interface.index);
-        interface.addresses = own.filter_map(|m| address(m, interface.mac)).collect();
+        interface.addresses = own.filter_map(address).collect();
     }
     let names: Names = interfaces
         .iter()
@@ -77,9 +69,10 @@ pub async fn scan(handle: &Handle) -> Result<Found, NetworkError> {
             .try_collect()
             .await
             .map_err(netlink("list the routes"))?;
-        routes.extend(messages.iter().filter_map(|m| route(m, &names)));
+        routes.extend(messages.iter().filter_map(|m| routes::route(m, &names)));
     }
     order(&mut routes);
+    routes::warn_of_rules(handle).await;
     let neighbours: Vec<NeighbourMessage> = handle
         .neighbours()
         .get()
@@ -147,11 +140,11 @@ fn interface(message: &LinkMessage) -> Option<Interface> {
     }
 }
 
-fn address(message: &AddressMessage, mac: [u8; 6]) -> Option<Address> {
+fn address(message: &AddressMessage) -> Option<Address> {
     // For a point-to-point address IFA_ADDRESS is the peer's.
     let (mut local, mut other, mut broadcast) = (None, None, None);
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
-    let mut is_kernels = false;
+    let mut is_advertised = false;
     for attribute in &message.attributes {
         match attribute {
             AddressAttribute::Local(ip) => local = Some(*ip),
@@ -159,137 +152,24 @@ fn address(message: &AddressMessage, mac: [u8; 6]) -> Option<Address> {
             AddressAttribute::Broadcast(ip) => broadcast = Some(*ip),
             AddressAttribute::Flags(all) => flags = *all,
             AddressAttribute::Protocol(by) => {
-                is_kernels = matches!(
-                    by,
-                    AddressProtocol::LinkLocal | AddressProtocol::RouterAnnouncement
-                );
+                is_advertised = matches!(by, AddressProtocol::RouterAnnouncement);
             }
             _ => {}
         }
     }
     let ip = local.or(other)?;
-    if let IpAddr::V6(ip) = ip {
-        // Kernels before 5.18 do not say which addresses are theirs; the usual link-local one shows by itself.
-        let is_temporary = !flags.contains(AddressFlags::Permanent);
-        if is_kernels || is_temporary || ip == link_local(mac) {
-            return None;
-        }
+    // Kernels before 5.18 do not say whose an address is; those of an advertisement end some day.
+    let is_temporary = !flags.contains(AddressFlags::Permanent);
+    if ip.is_ipv6() && (is_advertised || is_temporary) {
+        return None;
     }
     Some(Address {
         ip,
         prefix_len: message.header.prefix_len,
         broadcast,
         scope: message.header.scope.into(),
+        peer: other.filter(|other| *other != ip),
     })
-}
-
-/// The link-local address that a kernel makes of a MAC address (RFC 4291, appendix A).
-fn link_local([a, b, c, d, e, f]: [u8; 6]) -> Ipv6Addr {
-    Ipv6Addr::from([
-        0xfe,
-        0x80,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-        a ^ 2,
-        b,
-        c,
-        0xff,
-        0xfe,
-        d,
-        e,
-        f,
-    ])
-}
-
-fn route(message: &RouteMessage, names: &Names) -> Option<Route> {
-    let header = &message.header;
-    let leads_nowhere = match header.kind {
-        RouteType::Unicast => false,
-        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw => {
-            true
-        }
-        // The local table's: the guest's kernel makes them of its addresses.
-        _ => return None,
-    };
-    let is_kernels = matches!(
-        header.protocol,
-        RouteProtocol::Kernel | RouteProtocol::Ra | RouteProtocol::IcmpRedirect
-    );
-    if is_kernels || header.flags.contains(RouteFlags::Cloned) {
-        return None;
-    }
-    let mut table = u32::from(header.table);
-    let mut output = None;
-    let mut found = Route {
-        destination: match header.address_family {
-            AddressFamily::Inet => Ipv4Addr::UNSPECIFIED.into(),
-            AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
-            _ => return None,
-        },
-        prefix_len: header.destination_prefix_length,
-        gateway: None,
-        interface: String::new(),
-        source: None,
-        scope: header.scope.into(),
-        kind: header.kind.into(),
-        metric: 0,
-        mtu: 0,
-        onlink: header.flags.contains(RouteFlags::Onlink),
-    };
-    for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Table(number) => table = *number,
-            RouteAttribute::Destination(to) => found.destination = ip(to)?,
-            RouteAttribute::Gateway(via) => found.gateway = ip(via),
-            RouteAttribute::PrefSource(from) => found.source = ip(from),
-            RouteAttribute::Oif(index) => output = Some(*index),
-            RouteAttribute::Priority(metric) => found.metric = *metric,
-            RouteAttribute::Metrics(metrics) => {
-                let mtu = metrics.iter().find_map(|metric| match metric {
-                    RouteMetric::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                });
-                found.mtu = mtu.unwrap_or(0);
-            }
-            RouteAttribute::MultiPath(hops) => {
-                let hop = hops.first()?;
-                warn!(
-                    to = %found.destination, ways = hops.len(),
-                    "a route with several ways: the guest gets the first"
-                );
-                output = Some(hop.interface_index);
-                found.onlink = hop.flags.contains(RouteNextHopFlags::Onlink);
-                found.gateway = hop.attributes.iter().find_map(|a| match a {
-                    RouteAttribute::Gateway(via) => ip(via),
-                    _ => None,
-                });
-            }
-            RouteAttribute::Via(_) | RouteAttribute::EncapType(_) => {
-                warn!(to = %found.destination, "a route via another protocol: the guest does not get it");
-                return None;
-            }
-            _ => {}
-        }
-    }
-    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
-        return None;
-    }
-    if !leads_nowhere {
-        found.interface.clone_from(names.get(&output?)?);
-    }
-    Some(found)
-}
-
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
-    match address {
-        RouteAddress::Inet(ip) => Some((*ip).into()),
-        RouteAddress::Inet6(ip) => Some((*ip).into()),
-        _ => None,
-    }
 }
 
 fn neighbour(message: &NeighbourMessage, names: &Names) -> Option<Neighbour> {
