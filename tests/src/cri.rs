@@ -77,7 +77,7 @@ impl Cri {
     }
 
     /// One call, from a thread that is not tokio's.
-    fn call<T>(
+    pub(crate) fn call<T>(
         &self,
         what: &str,
         call: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<tonic::Response<T>, Status>,
@@ -195,7 +195,7 @@ pub fn security(config: &mut v1::ContainerConfig) -> &mut v1::LinuxContainerSecu
 
 /// A pod's sandbox. Dropped, it is stopped and removed with all that is in it.
 pub struct Pod<'a> {
-    cri: &'a Cri,
+    pub(crate) cri: &'a Cri,
     config: v1::PodSandboxConfig,
     /// CRI's id.
     pub id: String,
@@ -359,7 +359,7 @@ impl Ended {
 
 /// A container of a pod.
 pub struct PodContainer<'a> {
-    cri: &'a Cri,
+    pub(crate) cri: &'a Cri,
     /// CRI's id.
     pub id: String,
     log: PathBuf,

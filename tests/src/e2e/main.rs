@@ -35,6 +35,7 @@ mod run;
 mod sandbox_api;
 mod sharing;
 mod signals;
+mod streams;
 mod task;
 mod terminal;
 mod vm;
@@ -86,6 +87,8 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("survival", true, kubelet::ALONE),
     ("sandbox_api", false, sandbox_api::TESTS),
     ("sandbox_alone", true, sandbox_api::ALONE),
+    ("streams", false, streams::TESTS),
+    ("streams_alone", true, streams::ALONE),
     ("volumes", false, volumes::TESTS),
     ("vm", false, vm::TESTS),
     // 32 vCPUs want the machine for themselves.
