@@ -4,11 +4,11 @@
 //! pod would listen. Here a listener on each of the namespace's two loopback addresses is given every connection to them
 //! ([`steer`](super::steer)). For each one the agent connects to the same port of the guest's localhost and opens a stream with
 //! the token it is given; then bytes are copied both ways, and the end of one direction is passed on by itself. A connection
-//! to a port at which nobody listens is accepted by then, so it is reset.
+//! to a port at which nobody listens is accepted by then, so it is reset: containerd 2 tells the client so, 1.7 just ends.
 //!
 //! It takes root on the host to enter the namespace, and nobody else gets here. The guest does not: what it sends leaves the
 //! tap through the pod's interface and never meets the host's stack, which also drops what comes from a wire for a loopback
-//! address. Nor does a listener of the host's get the guest's word for anything: it only ever carries bytes to who has dialled.
+//! address.
 //!
 //! A pod whose network comes after its start has none of this: those are Docker's, which has listeners of its own on 127.0.0.11 there.
 
