@@ -1,6 +1,19 @@
+#![allow(
+    unsafe_code,
+    reason = "the adjtimex system call, which nix does not wrap"
+)]
 //! The guest's clocks, in nanoseconds.
 
+use std::mem;
+
+use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
+
+/// From this error on a clock is set; one that is less wrong is sped up or slowed down until it is right, by 500 ppm at most.
+/// The step threshold of ntpd(8).
+const STEP_NS: u64 = 128_000_000;
+
+const SECOND_NS: i64 = 1_000_000_000;
 
 /// Nanoseconds since the Unix epoch.
 pub fn realtime_ns() -> u64 {
@@ -19,4 +32,25 @@ fn now(clock: ClockId) -> u64 {
     };
     let seconds = u64::try_from(time.tv_sec()).unwrap_or(0);
     seconds * 1_000_000_000 + u64::try_from(time.tv_nsec()).unwrap_or(0)
+}
+
+/// Adds `add_ns` to `CLOCK_REALTIME`, at once or, where it is little, gradually. A gradual correction takes the place of an earlier one.
+///
+/// # Errors
+/// The kernel's: without CAP_SYS_TIME, or for a time beyond those it can tell.
+pub fn adjust(add_ns: i64) -> nix::Result<()> {
+    // SAFETY: plain integers, for which zero is a value.
+    let mut request: libc::timex = unsafe { mem::zeroed() };
+    if add_ns.unsigned_abs() < STEP_NS {
+        request.modes = libc::ADJ_OFFSET_SINGLESHOT;
+        // In microseconds.
+        request.offset = add_ns / 1000;
+    } else {
+        request.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+        // Nanoseconds with ADJ_NANO, and never negative: whole seconds are rounded down.
+        request.time.tv_sec = add_ns.div_euclid(SECOND_NS);
+        request.time.tv_usec = add_ns.rem_euclid(SECOND_NS);
+    }
+    // SAFETY: the kernel reads and writes this structure and nothing else.
+    Errno::result(unsafe { libc::adjtimex(&raw mut request) }).map(drop)
 }

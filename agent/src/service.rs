@@ -10,18 +10,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use husk_protocol::agent::{
-    Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
-    ExecProcessRequest, ExecProcessResponse, ForwardPortRequest, ListProcessesResponse, Network,
-    OomKill, ProcessInfo, ProcessRequest, ResizeRequest, ResizeResponse, ResizeTerminalRequest,
-    SignalProcessRequest, SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse,
-    create_agent, event,
+    AdjustClockRequest, AdjustClockResponse, Agent, ContainerRequest, ContainerStatsResponse,
+    CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse,
+    Empty, Event, ExecProcessRequest, ExecProcessResponse, ForwardPortRequest,
+    ListProcessesResponse, Network, OomKill, ProcessInfo, ProcessRequest, ResizeRequest,
+    ResizeResponse, ResizeTerminalRequest, SignalProcessRequest, SyncVolumeRequest,
+    UpdateContainerRequest, WaitProcessResponse, create_agent, event,
 };
 use husk_protocol::guest_path;
 use tokio::sync::Notify;
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, TtrpcContext};
 
+use crate::clock;
 use crate::connection::Connection;
 use crate::containers::Containers;
 use crate::cpus;
@@ -189,6 +190,22 @@ impl<R: Runtime> Agent for Service<R> {
         // Half a port-forward is none: it may end with its caller.
         plan.open(&*self.host).await?;
         Ok(Empty::new())
+    }
+
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: AdjustClockRequest,
+    ) -> ttrpc::Result<AdjustClockResponse> {
+        if request.add_ns != 0 {
+            clock::adjust(request.add_ns).map_err(|e| {
+                AgentError::guest(format!("adding {} ns to the clock", request.add_ns), e)
+            })?;
+        }
+        Ok(AdjustClockResponse {
+            wall_clock_ns: clock::realtime_ns(),
+            ..Default::default()
+        })
     }
 
     async fn resize(

@@ -6,10 +6,11 @@
 use std::{future::Future, time::Duration};
 
 use husk_protocol::agent::{
-    AgentClient, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
-    CreateSandboxRequest, CreateSandboxResponse, Empty, Event, ExecProcessRequest,
-    ForwardPortRequest, Network, ProcessRequest, ResizeRequest, ResizeTerminalRequest,
-    SignalProcessRequest, Stdio, SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse,
+    AdjustClockRequest, AgentClient, ContainerRequest, ContainerStatsResponse,
+    CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
+    ExecProcessRequest, ForwardPortRequest, Network, ProcessRequest, ResizeRequest,
+    ResizeTerminalRequest, SignalProcessRequest, Stdio, SyncVolumeRequest, UpdateContainerRequest,
+    WaitProcessResponse,
 };
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{r#async::Client, asynchronous::transport::Socket, context::Context};
@@ -116,6 +117,22 @@ impl Agent {
         self.call("set the guest's network up", Some(ON_THE_SPOT), call)
             .await
             .map(drop)
+    }
+
+    /// Adds to the guest's wall clock; returns what it says then, in nanoseconds since the Unix epoch.
+    ///
+    /// # Errors
+    /// As [`Self::create_sandbox`].
+    pub async fn adjust_clock(&self, add_ns: i64) -> Result<u64, TaskError> {
+        let request = AdjustClockRequest {
+            add_ns,
+            ..Default::default()
+        };
+        let call = self.client.adjust_clock(Context::default(), &request);
+        let answer = self
+            .call("ask the guest for its time", Some(ON_THE_SPOT), call)
+            .await?;
+        Ok(answer.wall_clock_ns)
     }
 
     /// Brings vCPUs online until this many are; returns how many are.

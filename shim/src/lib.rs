@@ -10,6 +10,7 @@ pub mod args;
 pub mod bootstrap;
 pub mod cgroup;
 pub mod cleanup;
+pub mod clock;
 pub mod config;
 pub mod container;
 pub mod context;

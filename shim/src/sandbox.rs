@@ -28,6 +28,7 @@ use tracing::{Instrument as _, debug, info, info_span, warn};
 use crate::{
     agent::Agent,
     cgroup::{self, PodCgroup},
+    clock,
     config::Config,
     context::ShimContext,
     error::{TaskError, chain},
@@ -169,6 +170,7 @@ impl Sandbox {
         match self.boot(source).await {
             Ok(agent) => {
                 self.let_grow(agent.clone());
+                self.keep_time(agent.clone());
                 if !self.phase.advance(Phase::Running(agent)) {
                     debug!("the guest is ready, but the pod is being stopped already");
                 }
@@ -201,6 +203,18 @@ impl Sandbox {
                 _ = pod.gone() => {}
             }
         });
+    }
+
+    /// From here on the guest's clock follows the host's, until the VM has gone.
+    fn keep_time(&self, agent: Agent) {
+        let pod = self.phase();
+        let keep = async move {
+            tokio::select! {
+                () = clock::follow(agent) => {}
+                _ = pod.gone() => {}
+            }
+        };
+        tokio::spawn(keep.in_current_span());
     }
 
     /// The start, top to bottom.

@@ -1,5 +1,6 @@
 //! The Task API against a fake guest: what engines rely on.
 
+mod clock;
 mod forward;
 mod growth;
 mod network;

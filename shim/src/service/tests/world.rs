@@ -6,7 +6,7 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, OnceLock},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use async_trait::async_trait;
@@ -86,6 +86,8 @@ pub struct Guest {
     pub cpus: Mutex<u32>,
     /// Takes the ports that are forwarded, with their streams' tokens. Without it every port is refused.
     pub forwards: OnceLock<mpsc::UnboundedSender<(u32, Vec<u8>)>>,
+    /// How far its clock is ahead.
+    pub clock_ahead_ns: watch::Sender<i64>,
     /// NextEvent answers.
     pub events: OnceLock<tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>>,
 }
@@ -155,6 +157,23 @@ impl Agent for FakeAgent {
     ) -> ttrpc::Result<agent::Empty> {
         self.0.called("destroy_sandbox".into()).await;
         Ok(agent::Empty::new())
+    }
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        request: AdjustClockRequest,
+    ) -> ttrpc::Result<AdjustClockResponse> {
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now = since_epoch.unwrap().as_nanos() as i64;
+        let mut ahead = 0;
+        self.0.clock_ahead_ns.send_modify(|clock| {
+            *clock += request.add_ns;
+            ahead = *clock;
+        });
+        Ok(AdjustClockResponse {
+            wall_clock_ns: now.saturating_add(ahead) as u64,
+            ..Default::default()
+        })
     }
     async fn resize(
         &self,
