@@ -30,6 +30,7 @@ pub mod lifecycle;
 pub mod log;
 pub mod mount;
 pub mod network;
+pub mod overlay;
 pub mod phase;
 pub mod pod;
 pub mod sandbox;

@@ -21,7 +21,7 @@ use rustix::{
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
-use crate::idmap::IdMap;
+use crate::{idmap::IdMap, overlay};
 
 /// `mount(2)` takes one page of options, with its final NUL.
 const MAX_DATA: usize = 4095;
@@ -229,6 +229,9 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
                 length,
             });
         }
+    }
+    if request.kind == "overlay" && !options.flags.contains(MsFlags::MS_RDONLY) {
+        overlay::ensure_writable(&target, &options.data).map_err(refused)?;
     }
     Ok(())
 }
