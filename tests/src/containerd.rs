@@ -6,8 +6,10 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
 };
 
 use anyhow::{Context, Result, bail};
@@ -18,6 +20,9 @@ use crate::{
     runtime::Runtime,
     wait,
 };
+
+/// Where the testbed has the programs of a second, newer containerd, if it has one.
+pub const NEXT: &str = "/opt/containerd-next/usr/bin";
 
 /// The image that most tests run.
 pub const BUSYBOX: &str = "docker.io/library/busybox:husk";
@@ -101,6 +106,8 @@ pub struct Containerd {
     bin: PathBuf,
     environment: &'static [(&'static str, &'static str)],
     daemon: Mutex<Option<Child>>,
+    /// Its programs are those of [`NEXT`].
+    upgraded: AtomicBool,
     next_id: AtomicU32,
 }
 
@@ -150,6 +157,7 @@ impl Containerd {
             bin: bin.to_owned(),
             environment,
             daemon: Mutex::new(None),
+            upgraded: AtomicBool::new(false),
             next_id: AtomicU32::new(1),
         };
         let off: Vec<String> = UNUSED_PLUGINS
@@ -187,10 +195,12 @@ impl Containerd {
 
     fn path_env(&self) -> String {
         let old = env::var("PATH").unwrap_or_default();
-        format!(
-            "{}:{old}:/usr/local/sbin:/usr/sbin:/sbin",
-            self.bin.display()
-        )
+        let own = self.bin.display();
+        let next = match self.upgraded.load(Ordering::Relaxed) {
+            true => format!("{NEXT}:"),
+            false => String::new(),
+        };
+        format!("{next}{own}:{old}:/usr/local/sbin:/usr/sbin:/sbin")
     }
 
     fn launch(&self) -> Result<()> {
@@ -243,6 +253,35 @@ impl Containerd {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    /// Asks the daemon to end, as a package's upgrade does, and leaves the shims alone.
+    ///
+    /// # Errors
+    /// It does not end (it is killed then).
+    pub fn stop(&self) -> Result<()> {
+        let mut daemon = self.daemon.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut child) = daemon.take() else {
+            return Ok(());
+        };
+        let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        let stopped = wait::until("containerd to stop", || child.try_wait().ok().flatten());
+        if stopped.is_err() {
+            // Already gone is as good.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        stopped.map(drop)
+    }
+
+    /// Starts the daemon of [`NEXT`] on what [`Containerd::stop`] has left.
+    ///
+    /// # Errors
+    /// It did not come up.
+    pub fn upgrade(&self) -> Result<()> {
+        self.upgraded.store(true, Ordering::Relaxed);
+        self.launch()
     }
 
     /// Starts the daemon again after [`Containerd::kill`].
@@ -430,20 +469,8 @@ fn cri_settings(dir: &Path, sandboxer: Sandboxer, runtimes: &[Runtime]) -> Resul
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let child = self
-            .daemon
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(mut child) = child {
-            let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
-            // Ask first: it unmounts what it has mounted.
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-            if wait::until("containerd to stop", || child.try_wait().ok().flatten()).is_err() {
-                let _ = child.kill();
-                let _ = child.wait();
-            }
-        }
+        // Asked, it unmounts what it has mounted.
+        let _ = self.stop();
         // Best effort: the directory may hold a mount that a failed test left.
         let _ = fs::remove_dir_all(&self.dir);
     }

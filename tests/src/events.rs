@@ -6,11 +6,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{
-    containerd::{BUSYBOX, Containerd},
-    ctr::Running,
-    wait,
-};
+use crate::{containerd::Containerd, ctr::Running, wait};
 
 /// `ctr events`, from before what a test does. Dropped, it ends.
 pub struct Events(Running);
@@ -25,10 +21,8 @@ impl Events {
         // The stream has begun once it shows something that came after it.
         wait::until("ctr events to listen", || {
             let probe = containerd.fresh_id("probe");
-            containerd
-                .run_ctr(&["container", "create", BUSYBOX, &probe])
-                .ok()?;
-            containerd.remove(&probe).ok()?;
+            containerd.run_ctr(&["namespaces", "create", &probe]).ok()?;
+            containerd.run_ctr(&["namespaces", "remove", &probe]).ok()?;
             (!events.0.text_so_far().is_empty()).then_some(())
         })?;
         Ok(events)
@@ -64,6 +58,15 @@ impl Drop for Events {
         // Already gone is as good.
         let _ = kill(Pid::from_raw(self.0.pid().cast_signed()), Signal::SIGKILL);
     }
+}
+
+/// The ends of a container's init among its lines: those of its execs have another id.
+pub fn init_exits<'a>(lines: &'a [String], id: &str) -> Vec<&'a str> {
+    let own = format!("\"id\":\"{id}\"");
+    topic(lines, "/tasks/exit")
+        .into_iter()
+        .filter(|line| line.contains(&own))
+        .collect()
 }
 
 /// The lines of one topic, `/tasks/exit` say.

@@ -1,4 +1,4 @@
-//! A kubelet's day: many mounts, probes without end, statistics, and what it finds after a crash.
+//! A kubelet's day: many mounts, probes without end, statistics.
 
 use std::fs;
 
@@ -14,12 +14,6 @@ pub const TESTS: &[Test] = &[
     test("two_hundred_mounts", many_mounts),
     test("statistics_of_a_pod", statistics),
     husk_test("probes_do_not_grow_the_shim", probes),
-];
-
-/// Those that do something to containerd or the VM that others would feel.
-pub const ALONE: &[Test] = &[
-    test("containerd_killed_under_pods", containerd_killed),
-    husk_test("vmm_killed_under_a_pod", vmm_killed),
 ];
 
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
@@ -118,49 +112,5 @@ fn probes(suite: &Context) -> Result<()> {
     );
     let open = fs::read_dir(format!("/proc/{}/fd", shim.pid))?.count();
     ensure!(open < 64, "the shim has {open} open files");
-    Ok(())
-}
-
-fn containerd_killed(suite: &Context) -> Result<()> {
-    let (containerd, cri) = suite.cri_and_containerd()?;
-    let pod = cri.pod()?;
-    let (main, ends) = (
-        pod.start(container(&SLEEP))?,
-        pod.start(container(&["sh", "-c", "sleep 3; exit 9"]))?,
-    );
-    let pid = main.exec(&["pidof", "sleep"])?.ok()?;
-    containerd.kill();
-    containerd.relaunch()?;
-    cri.ready()?;
-    // The pod has gone on, what ended meanwhile is told, and everything works as before.
-    ensure!(
-        main.exec(&["pidof", "sleep"])?.ok()? == pid,
-        "another process than before"
-    );
-    ensure!(ends.ended()?.code == 9);
-    ensure!(pod.sh("echo new")?.ok()? == "new");
-    ensure!(pod.status()?.state() == v1::PodSandboxState::SandboxReady);
-    main.remove()?;
-    pod.stop()
-}
-
-fn vmm_killed(suite: &Context) -> Result<()> {
-    let cri = suite.cri()?;
-    let before = host::Traces::now();
-    let pod = cri.pod()?;
-    let (a, b) = (pod.start(container(&SLEEP))?, pod.start(container(&SLEEP))?);
-    let shim = host::shim_of(&pod.id).context("the pod has no shim")?;
-    let vmm = host::vmm_of(&shim).context("the shim has no VMM")?;
-    host::run(&["kill", "-9", &vmm.pid.to_string()])?;
-    for each in [&a, &b] {
-        ensure!(each.ended()?.code == 137);
-    }
-    wait::until("the pod to be seen as not ready", || {
-        (pod.status().ok()?.state() == v1::PodSandboxState::SandboxNotready).then_some(())
-    })?;
-    // As the kubelet goes on: away with it, and a new one.
-    drop(pod);
-    before.restored()?;
-    ensure!(cri.pod()?.sh("echo again")?.ok()? == "again");
     Ok(())
 }

@@ -28,6 +28,7 @@ mod isolation;
 mod kubelet;
 mod lifecycle;
 mod limits;
+mod many;
 mod net;
 mod oci;
 mod pods;
@@ -36,6 +37,7 @@ mod sandbox_api;
 mod sharing;
 mod signals;
 mod streams;
+mod survival;
 mod task;
 mod terminal;
 mod vm;
@@ -44,11 +46,37 @@ mod volumes;
 
 use context::Context as Suite;
 
-/// One test: its name, whether it only makes sense on husk, and what it does.
+/// One test: its name, whether it only makes sense on husk, a path that it needs, and what it does.
 pub struct Test {
     name: &'static str,
     husk_only: bool,
+    needs: &'static str,
     run: fn(&Suite) -> Result<()>,
+}
+
+impl Test {
+    /// It is a test only where this path exists.
+    pub const fn needs(self, path: &'static str) -> Self {
+        Self {
+            needs: path,
+            ..self
+        }
+    }
+
+    /// Is it a test here? Where it is not for want of something, that is said.
+    fn is_for(&self, suite: &str, runtime: Runtime) -> bool {
+        if self.husk_only && runtime != Runtime::Husk {
+            return false;
+        }
+        let is_here = self.needs.is_empty() || Path::new(self.needs).exists();
+        if !is_here {
+            eprintln!(
+                "{suite}::{} is no test here: there is no {}",
+                self.name, self.needs
+            );
+        }
+        is_here
+    }
 }
 
 /// A test that holds for any runtime.
@@ -56,6 +84,7 @@ pub const fn test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Test {
     Test {
         name,
         husk_only: false,
+        needs: "",
         run,
     }
 }
@@ -65,6 +94,7 @@ pub const fn husk_test(name: &'static str, run: fn(&Suite) -> Result<()>) -> Tes
     Test {
         name,
         husk_only: true,
+        needs: "",
         run,
     }
 }
@@ -84,7 +114,8 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("sharing", false, sharing::TESTS),
     ("net", false, net::TESTS),
     ("kubelet", false, kubelet::TESTS),
-    ("survival", true, kubelet::ALONE),
+    ("survival", true, survival::TESTS),
+    ("many", true, many::TESTS),
     ("sandbox_api", false, sandbox_api::TESTS),
     ("sandbox_alone", true, sandbox_api::ALONE),
     ("streams", false, streams::TESTS),
@@ -134,6 +165,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         let trials = SUITES.iter().flat_map(|(suite, _, tests)| {
             tests
                 .iter()
+                .filter(|test| test.is_for(suite, runtime))
                 .map(move |test| Trial::test(format!("{suite}::{}", test.name), || Ok(())))
         });
         return Ok(libtest_mimic::run(arguments, trials.collect()).exit_code());
@@ -175,10 +207,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
 fn trials(suite: &Arc<Suite>, alone: bool) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (name, _, tests) in SUITES.iter().filter(|(_, is_alone, _)| *is_alone == alone) {
-        for test in tests
-            .iter()
-            .filter(|t| !t.husk_only || suite.runtime == Runtime::Husk)
-        {
+        for test in tests.iter().filter(|t| t.is_for(name, suite.runtime)) {
             let suite = Arc::clone(suite);
             let name = format!("{name}::{}", test.name);
             trials.push(Trial::test(name.clone(), move || {

@@ -1,0 +1,99 @@
+//! As many pods at once as a node may have.
+
+use std::{
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use husk_tests::{
+    cri::{Pod, PodContainer, container, v1},
+    host::{self, Traces},
+};
+
+use crate::{Test, context::Context, husk_test};
+
+pub const TESTS: &[Test] = &[husk_test("forty_pods", forty)];
+
+const PODS: usize = 40;
+
+/// Calls at a time, as a kubelet that starts pods side by side makes them.
+const AT_A_TIME: usize = 3;
+
+/// Most memory of an idle pod with one container: shim, VMM and what the guest has touched. Budget: 12 and 32 MiB.
+const MOST_KIB: u64 = 48 << 10;
+
+fn forty(suite: &Context) -> Result<()> {
+    let cri = suite.cri()?;
+    // A pod's bridge stays.
+    drop(cri.pod()?);
+    let before = Traces::now();
+    let start = Instant::now();
+    let pods = side_by_side(|_| cri.pod())?;
+    let running = side_by_side(|number| named(&pods[number], number))?;
+    let started = start.elapsed();
+    side_by_side(|number| {
+        let name = running[number].sh("echo $NAME")?.ok()?;
+        ensure!(name == number.to_string(), "pod {number} says {name}");
+        Ok(())
+    })?;
+    let kib = pods.iter().map(memory).sum::<Result<u64>>()? / PODS as u64;
+    println!("{PODS} pods with a container each: up in {started:.0?}, {kib} KiB a pod");
+    ensure!(kib < MOST_KIB, "{kib} KiB a pod");
+    drop(running);
+    let pods = Mutex::new(pods);
+    side_by_side(|_| {
+        let pod = pods.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        drop(pod);
+        Ok(())
+    })?;
+    println!("up and gone in {:.0?}", start.elapsed());
+    before.restored()
+}
+
+/// A container that knows its number.
+fn named<'a>(pod: &'a Pod<'_>, number: usize) -> Result<PodContainer<'a>> {
+    let mut config = container(&["sleep", "1000000"]);
+    config.envs.push(v1::KeyValue {
+        key: "NAME".into(),
+        value: number.to_string(),
+    });
+    pod.start(config)
+}
+
+/// KiB that a pod takes of the host.
+fn memory(pod: &Pod<'_>) -> Result<u64> {
+    let shim = host::shim_of(&pod.id).context("the pod has no shim")?;
+    let vmm = host::vmm_of(&shim).context("the pod has no VMM")?;
+    let pss = |process: &host::Process| host::smaps(process.pid, "Pss").context("it has gone");
+    Ok(pss(&shim)? + pss(&vmm)?)
+}
+
+/// Does something for the number of each pod, [`AT_A_TIME`].
+fn side_by_side<T: Send>(work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let next = AtomicUsize::new(0);
+    let mut done = thread::scope(|scope| {
+        let row = || {
+            let mut done = Vec::new();
+            loop {
+                match next.fetch_add(1, Ordering::Relaxed) {
+                    number @ 0..PODS => done.push((number, work(number)?)),
+                    _ => return Ok(done),
+                }
+            }
+        };
+        let rows: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(row)).collect();
+        let mut all = Vec::new();
+        for row in rows {
+            let done: Result<Vec<_>> = row.join().unwrap_or_else(|_| bail!("a thread panicked"));
+            all.extend(done?);
+        }
+        Ok::<_, anyhow::Error>(all)
+    })?;
+    done.sort_by_key(|(number, _)| *number);
+    Ok(done.into_iter().map(|(_, result)| result).collect())
+}

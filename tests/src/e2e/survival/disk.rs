@@ -1,0 +1,138 @@
+//! The disk under the containers is full.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use husk_tests::{
+    containerd::{Containerd, Sandboxer},
+    cri::{self, Cri, container},
+    host::{self, Traces},
+    runtime::Runtime,
+    wait,
+};
+use nix::sys::statvfs::statvfs;
+
+use super::{SLEEP, shared};
+use crate::context::Context;
+
+/// Room for the images and what containerd knows of them, and a little for containers.
+const DISK_MIB: u64 = 64;
+
+/// Copies a line until the disk is full; dd's own words are the reason.
+const FILL: &str = "dd if=/dev/zero of=/big bs=64k 2>&1";
+
+pub fn full(suite: &Context) -> Result<()> {
+    let dir = Path::new("/run/husk-e2e-disk");
+    let disk = Disk::mount(dir)?;
+    let containerd = Containerd::start_with_cri(dir, &suite.bin, Sandboxer::Pause)?;
+    containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
+    let cri = Cri::connect(&containerd, suite.runtime)?;
+    let before = Traces::now();
+    let pod = cri.pod()?;
+    let (writer, other) = (pod.start(container(&SLEEP))?, pod.start(container(&SLEEP))?);
+    let files = tempfile::tempdir()?;
+    let mut talk = container(&[
+        "sh",
+        "-c",
+        // More than pipes and sockets hold, in few lines: containerd says of each that it could not be written.
+        "until [ -e /shared/go ]; do sleep 0.2; done; yes $(printf %05000d 0) | head -c 2000000; exit 7",
+    ]);
+    talk.mounts.push(shared(files.path()));
+    let talk = pod.start(talk)?;
+    let late = pod.create(container(&SLEEP))?;
+
+    let filled = writer.sh(FILL)?;
+    ensure!(
+        filled.code != 0 && filled.out.contains("No space left on device"),
+        "{filled:?}"
+    );
+    // What rests is smaller than a block of dd's.
+    writer.sh("cat /dev/zero >>/big")?;
+    ensure!(disk.free_mib()? == 0, "{} MiB free", disk.free_mib()?);
+
+    // The others live, logs that cannot be written stop nobody, and what needs room says so.
+    other.exec(&["true"])?.ok()?;
+    fs::write(files.path().join("go"), "")?;
+    let talked = talk.ended()?.code;
+    ensure!(talked == 7, "it ended with {talked}");
+    says_why(suite, late.start(), "starting a container")?;
+    says_why(suite, cri.pod().map(drop), "starting a pod")?;
+    writer.exec(&["true"])?.ok()?;
+
+    // What goes makes room again: a file at once, the rest with its pod.
+    writer.exec(&["rm", "/big"])?.ok()?;
+    room_again(&disk)?;
+    ensure!(pod.sh("echo again >/file; cat /file")?.ok()? == "again");
+    writer.sh(FILL)?;
+    other.exec(&["true"])?.ok()?;
+    drop(pod);
+    room_again(&disk)?;
+    before.restored()
+}
+
+fn room_again(disk: &Disk) -> Result<()> {
+    wait::until("room on the disk", || {
+        (disk.free_mib().ok()? >= DISK_MIB / 4).then_some(())
+    })
+}
+
+/// It failed for want of room. The kernel mounts an overlay read-only where its disk is full, and runc goes on with that.
+fn says_why(suite: &Context, outcome: Result<()>, doing: &str) -> Result<()> {
+    let Err(error) = outcome else {
+        bail!("{doing} on a full disk went through");
+    };
+    let why = format!("{error:#}").to_lowercase();
+    let is_told = why.contains("no space left on device")
+        || suite.runtime == Runtime::Runc && why.contains("read-only file system");
+    ensure!(is_told, "{doing} on a full disk: {why}");
+    Ok(())
+}
+
+/// A small disk for a containerd's root and its pods' logs. Dropped, it is gone.
+struct Disk {
+    image: PathBuf,
+    root: PathBuf,
+}
+
+impl Disk {
+    fn mount(dir: &Path) -> Result<Self> {
+        let (root, image) = (dir.join("root"), dir.join("disk.ext4"));
+        fs::create_dir_all(&root)?;
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let size = format!("{DISK_MIB}M");
+        host::run(&[
+            "mke2fs",
+            "-q",
+            "-t",
+            "ext4",
+            "-m",
+            "0",
+            &text(&image),
+            &size,
+        ])?;
+        host::run(&["mount", "-o", "loop", &text(&image), &text(&root)])?;
+        let disk = Self { image, root };
+        fs::create_dir(disk.root.join("pods"))?;
+        std::os::unix::fs::symlink("root/pods", dir.join("pods"))?;
+        Ok(disk)
+    }
+
+    fn free_mib(&self) -> Result<u64> {
+        let stat = statvfs(&self.root).with_context(|| format!("{}", self.root.display()))?;
+        Ok(stat.blocks_available() * stat.fragment_size() / (1 << 20))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // It is dropped after containerd, which has emptied what it could of the directory.
+        let _ = host::run(&["umount", "-l", &self.root.to_string_lossy()]);
+        let _ = fs::remove_file(&self.image);
+        if let Some(dir) = self.root.parent() {
+            let _ = fs::remove_dir_all(dir);
+        }
+    }
+}
