@@ -16,7 +16,7 @@ use std::{
 };
 
 pub use mounts::BindMount;
-pub use pod::{DEFAULT_SHM_SIZE, NotInVm};
+pub use pod::{DEFAULT_SHM_SIZE, Neighbours, NotInVm};
 pub use resources::Resources;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -258,17 +258,17 @@ impl BundleSpec {
         kept.collect()
     }
 
-    /// The spec as the agent gets it. `pause` is the pod's sandbox container, where the guest has one.
+    /// The spec as the agent gets it, among these other containers of the pod.
     ///
     /// # Errors
-    /// [`NotInVm::SharedProcesses`].
+    /// [`NotInVm::SharedProcesses`], [`NotInVm::NoTarget`].
     pub fn for_guest(
         &self,
         paths: &GuestPaths,
         vcpus: u8,
-        pause: Option<&str>,
+        neighbours: &Neighbours,
     ) -> Result<GuestSpec, NotInVm> {
-        let joins = self.joins(pause)?;
+        let joins = self.joins(neighbours)?;
         let mut spec = self.value.clone();
         if let Some(root) = spec.get_mut("root").and_then(Value::as_object_mut) {
             root.insert("path".into(), json!(paths.rootfs));

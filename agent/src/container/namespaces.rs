@@ -100,7 +100,7 @@ impl Plan {
             setns(init.as_fd(), CloneFlags::from_bits_retain(*types)).map_err(
                 |errno| match errno {
                     Errno::ESRCH => LaunchError::NotRunning(
-                        "cannot join the namespaces of the pod's sandbox container: it has ended"
+                        "cannot join the namespaces of another container of the pod: it has ended"
                             .into(),
                     ),
                     errno => LaunchError::internal(format!(

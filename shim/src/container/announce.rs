@@ -16,7 +16,7 @@ const OOM_PAUSE: Duration = Duration::from_secs(1);
 
 impl Container {
     pub(super) fn publish(&self, announcement: &Announcement) {
-        let (container_id, pid) = (self.id.clone(), self.sandbox.pid());
+        let (container_id, pid) = (self.id.clone(), self.pid());
         match announcement {
             Announcement::ExecAdded { exec_id } => self.publisher.send(events::TaskExecAdded {
                 container_id,
@@ -95,7 +95,7 @@ impl Container {
         self.publisher.send(events::TaskDelete {
             container_id: self.id.clone(),
             id: self.id.clone(),
-            pid: self.sandbox.pid(),
+            pid: self.pid(),
             exit_status: exit.status,
             exited_at: Some(exit.at.into()).into(),
             ..Default::default()

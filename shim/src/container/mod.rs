@@ -7,6 +7,7 @@
 mod announce;
 mod calls;
 mod run;
+mod task_pid;
 
 use std::{
     collections::HashMap,
@@ -15,6 +16,7 @@ use std::{
     time::Instant,
 };
 
+pub use task_pid::TaskPid;
 use tokio::sync::watch;
 
 use crate::{
@@ -46,6 +48,7 @@ pub struct Container {
     bundle: PathBuf,
     namespace: String,
     sandbox: Arc<Sandbox>,
+    pid: Option<TaskPid>,
     publisher: Publisher,
     life: Mutex<Lifecycle>,
     processes: Mutex<HashMap<String, Process>>,
@@ -78,6 +81,8 @@ pub struct Parts {
     pub namespace: String,
     /// Its pod.
     pub sandbox: Arc<Sandbox>,
+    /// Its own pid; `None`: the VMM's stands for it.
+    pub pid: Option<TaskPid>,
     /// Where its events go.
     pub publisher: Publisher,
     /// The init's streams, as containerd named them.
@@ -101,6 +106,7 @@ impl Container {
             bundle: parts.bundle,
             namespace: parts.namespace,
             sandbox: parts.sandbox,
+            pid: parts.pid,
             publisher: parts.publisher,
             life: Mutex::default(),
             processes: Mutex::default(),
@@ -185,7 +191,9 @@ impl Container {
 
     /// Its pid on this host.
     pub fn pid(&self) -> u32 {
-        self.sandbox.pid()
+        self.pid
+            .as_ref()
+            .map_or_else(|| self.sandbox.pid(), TaskPid::get)
     }
 
     /// State.

@@ -291,9 +291,10 @@ impl Task for TaskService {
     ) -> ttrpc::Result<ConnectResponse> {
         // Also without a container: CRI-O asks before Create.
         debug!(container = request.id, "Connect");
+        let container = self.tasks.get(&request.id);
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: self.tasks.sandbox().pid(),
+            task_pid: container.map_or_else(|_| self.tasks.sandbox().pid(), |c| c.pid()),
             version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
         })

@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     agent::Agent,
-    container::{Container, Parts},
+    container::{Container, Parts, TaskPid},
     context::ShimContext,
     demand::Demand,
     error::{TaskError, chain},
@@ -30,7 +30,7 @@ use crate::{
     pod::{Keeper, PodSource, PodSpec},
     sandbox::Sandbox,
     share::Share,
-    spec::{BundleSpec, GuestPaths, GuestSpec},
+    spec::{BundleSpec, GuestPaths, GuestSpec, Neighbours},
     stdio::StdioPaths,
     timing::Point,
     vm::Driver,
@@ -225,7 +225,7 @@ impl Tasks {
         {
             Ok((container, agent)) => {
                 self.sandbox.timeline().mark(Point::Created);
-                self.announce_create(&request);
+                self.announce_create(&request, container.pid());
                 self.slots().insert(id, Slot::Ready(Arc::clone(&container)));
                 container.follow_init(&agent);
                 Ok(container)
@@ -268,12 +268,20 @@ impl Tasks {
             }
         }
         self.sandbox.refresh_network().await?;
-        let pause = self.get(&self.context.sandbox_id).ok();
+        let neighbours = self.neighbours();
+        // The sandbox's pid is the pod's, by which Docker and CRI find its network.
+        let pid = spec.is_member().then(TaskPid::new).transpose();
+        let pid = pid.map_err(|e| {
+            TaskError::failed(format!(
+                "cannot start a thread for the container's pid: {e}"
+            ))
+        })?;
         let parts = Parts {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
             namespace: self.context.namespace.clone(),
             sandbox: Arc::clone(&self.sandbox),
+            pid,
             publisher: self.context.publisher.clone(),
             paths: request.paths.clone(),
         };
@@ -288,9 +296,8 @@ impl Tasks {
             let kept = spec.kept_volumes();
             let mirrored = self.volumes.attach(&request.id, kept).await;
             paths.mounts.extend(mirrored);
-            let pause = pause.as_ref().map(|container| container.id());
             let GuestSpec { spec, joins } = spec
-                .for_guest(&paths, self.sandbox.vcpus(), pause)
+                .for_guest(&paths, self.sandbox.vcpus(), &neighbours)
                 .map_err(|e| TaskError::failed_precondition(e.to_string()))?;
             let spec_json = serde_json::to_vec(&spec)
                 .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
@@ -301,6 +308,21 @@ impl Tasks {
             error = given_up => return Err(error),
         };
         Ok((container, agent))
+    }
+
+    /// Who is there to share namespaces with.
+    fn neighbours(&self) -> Neighbours {
+        let slots = self.slots();
+        let ready = slots.values().filter_map(|slot| match slot {
+            Slot::Ready(container) => Some(container),
+            Slot::Creating(_) => None,
+        });
+        let by_pid = ready.map(|container| (container.pid(), container.id().to_owned()));
+        let pause = &self.context.sandbox_id;
+        Neighbours {
+            by_pid: by_pid.collect(),
+            pause: slots.contains_key(pause).then(|| pause.clone()),
+        }
     }
 
     /// Loads the spec and brings the container's files into the share.
@@ -352,7 +374,7 @@ impl Tasks {
         }
     }
 
-    fn announce_create(&self, request: &Create) {
+    fn announce_create(&self, request: &Create, pid: u32) {
         let paths = &request.paths;
         let io = events::TaskIO {
             stdin: paths.stdin.clone(),
@@ -366,7 +388,7 @@ impl Tasks {
             bundle: request.bundle.display().to_string(),
             rootfs: request.rootfs.clone(),
             io: Some(io).into(),
-            pid: self.sandbox.pid(),
+            pid,
             ..Default::default()
         });
     }

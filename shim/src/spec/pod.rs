@@ -4,8 +4,8 @@
 //! machine of its own, so the pod's network, UTS and IPC namespaces are simply the guest's: a pod without a sandbox container works alike.
 //! The agent, which is in them too, uses neither SysV IPC nor message queues, and its host name is the pod's; changing any of them
 //! takes rights over the guest's namespaces that only a privileged container has. Process ids are another matter: the agent is PID 1 of the
-//! guest's own namespace, so those, and a user namespace, are the sandbox container's, joined by its id. (The pid in the path is the
-//! VMM's for every task, and says no more than "of this pod".)
+//! guest's own namespace, so those, and a user namespace, are another container's, joined by its id: the one whose task has the pid in the
+//! path (`crate::container::TaskPid`), the sandbox container for a pod that shares its processes.
 
 use std::{
     collections::HashMap,
@@ -38,12 +38,24 @@ pub enum NotInVm {
         "shareProcessNamespace is not possible in this pod: it has no sandbox container, which would hold the process namespace"
     )]
     SharedProcesses,
+    /// Processes shared with somebody who is not there.
+    #[error("cannot share the processes of the container with pid {0}: it is not there any more")]
+    NoTarget(u32),
     /// A mount that is to appear on the host.
     #[error(
         "mount {0}: Bidirectional mount propagation (shared, rshared) is not possible for a container in a VM: what it mounts stays \
          in its guest; use HostToContainer (rslave) or None (rprivate)"
     )]
     Bidirectional(String),
+}
+
+/// The containers of the pod, for one that is to share namespaces with them.
+#[derive(Debug, Clone, Default)]
+pub struct Neighbours {
+    /// Their ids by the pids of their tasks.
+    pub by_pid: HashMap<u32, String>,
+    /// Id of the sandbox container, where the guest has one.
+    pub pause: Option<String>,
 }
 
 /// The engine's mount of the pod's `/dev/shm` into this container.
@@ -126,23 +138,38 @@ impl BundleSpec {
         }));
     }
 
+    /// Whether it is one of the others of a pod.
+    pub fn is_member(&self) -> bool {
+        self.role() == Role::Member
+    }
+
     /// What this container is in its pod.
     pub(super) fn role(&self) -> Role {
         group::role(&self.annotations())
     }
 
-    /// The sandbox container, `pause`, where a namespace of this container is to be the one that it holds.
-    pub(super) fn joins<'a>(&self, pause: Option<&'a str>) -> Result<Option<&'a str>, NotInVm> {
-        let shares = |typ| self.role() == Role::Member && self.read.namespace_has_path(typ);
-        match pause {
-            None if shares("pid") => Err(NotInVm::SharedProcesses),
-            // A user namespace of its own, mapped the same way, has the same users.
-            None => Ok(None),
-            Some(_) => Ok(pause.filter(|_| shares("pid") || shares("user"))),
+    /// The container whose namespaces this one joins. It has both kinds: a user namespace is the whole pod's.
+    pub(super) fn joins<'a>(&self, neighbours: &'a Neighbours) -> Result<Option<&'a str>, NotInVm> {
+        let shared = |typ| self.is_member().then(|| self.read.namespace_path(typ))?;
+        let pause = neighbours.pause.as_deref();
+        match shared("pid") {
+            Some(path) => match pid_in(path) {
+                Some(pid) => {
+                    let target = neighbours.by_pid.get(&pid).map(String::as_str);
+                    let gone = match pause {
+                        Some(_) => NotInVm::NoTarget(pid),
+                        None => NotInVm::SharedProcesses,
+                    };
+                    target.map(Some).ok_or(gone)
+                }
+                None => pause.map(Some).ok_or(NotInVm::SharedProcesses),
+            },
+            // Without a sandbox container a user namespace of its own, mapped the same way, has the same users.
+            None => Ok(pause.filter(|_| shared("user").is_some())),
         }
     }
 
-    /// Makes the namespaces those of the guest: see the module. `joins`: there is a sandbox container to join.
+    /// Makes the namespaces those of the guest: see the module. `joins`: there is a container to join.
     pub(super) fn rewrite_shared(&self, spec: &mut Map<String, Value>, joins: bool) {
         let role = self.role();
         if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
@@ -186,13 +213,13 @@ fn rewrite_namespaces(list: &mut Vec<Value>, role: Role, joins: bool) {
         _ => true,
     });
     for namespace in list {
-        let is_sandboxes = role == Role::Member
+        let is_joined = role == Role::Member
             && joins
             && has_path(namespace)
             && matches!(typ(namespace).as_deref(), Some("pid" | "user"));
         if let Some(namespace) = namespace.as_object_mut() {
             namespace.remove("path");
-            if is_sandboxes {
+            if is_joined {
                 namespace.insert("path".into(), json!(JOINED_NAMESPACE));
             }
         }
@@ -225,13 +252,21 @@ pub(super) fn check(read: &Read) -> Result<(), NotInVm> {
 }
 
 impl Read {
-    fn namespace_has_path(&self, typ: &str) -> bool {
+    fn namespace_path(&self, typ: &str) -> Option<&Path> {
         let namespaces = self
             .linux
             .iter()
             .filter_map(|Linux { namespaces, .. }| namespaces.as_ref());
-        namespaces
+        let paths = namespaces
             .flatten()
-            .any(|ns| ns.typ == typ && ns.path.as_ref().is_some_and(|path| !path.is_empty()))
+            .filter(|ns| ns.typ == typ)
+            .filter_map(|ns| ns.path.as_deref());
+        paths.filter(|path| !path.is_empty()).map(Path::new).next()
     }
+}
+
+/// The pid in `/proc/<pid>/ns/<type>`.
+fn pid_in(path: &Path) -> Option<u32> {
+    let (pid, rest) = path.strip_prefix("/proc").ok()?.to_str()?.split_once('/')?;
+    rest.starts_with("ns/").then(|| pid.parse().ok())?
 }

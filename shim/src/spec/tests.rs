@@ -11,7 +11,10 @@ fn rewritten(json: Value) -> Value {
         rootfs: "/run/husk/share/c/rootfs".into(),
         mounts: HashMap::from([(1, "/run/husk/share/c/mounts/1".into())]),
     };
-    spec(json).for_guest(&paths, 2, None).unwrap().spec
+    spec(json)
+        .for_guest(&paths, 2, &Neighbours::default())
+        .unwrap()
+        .spec
 }
 
 #[test]
@@ -240,9 +243,19 @@ mod pods {
         list.push(namespace);
     }
 
+    /// Its sandbox container's task has the pid 4711, and that of one more 4712.
+    fn neighbours(pause: Option<&str>) -> Neighbours {
+        let mut by_pid = HashMap::from([(4712, "other".to_owned())]);
+        by_pid.extend(pause.map(|id| (4711, id.to_owned())));
+        Neighbours {
+            by_pid,
+            pause: pause.map(str::to_owned),
+        }
+    }
+
     fn for_guest(json: Value, pause: Option<&str>) -> GuestSpec {
         spec(json)
-            .for_guest(&GuestPaths::default(), 1, pause)
+            .for_guest(&GuestPaths::default(), 1, &neighbours(pause))
             .unwrap()
     }
 
@@ -297,12 +310,23 @@ mod pods {
             json!({"type": "pid", "path": JOINED_NAMESPACE})
         );
         let error = spec(json.clone())
-            .for_guest(&GuestPaths::default(), 1, None)
+            .for_guest(&GuestPaths::default(), 1, &Neighbours::default())
             .unwrap_err();
         assert!(
             error.to_string().contains("shareProcessNamespace"),
             "{error}"
         );
+        // One that is targeted, with a sandbox container or without.
+        let path = |pid| json!({"type": "pid", "path": format!("/proc/{pid}/ns/pid")});
+        set_namespace(&mut json, path(4712));
+        for there in [Some(POD), None] {
+            let out = for_guest(json.clone(), there);
+            assert_eq!(out.joins, "other");
+            assert_eq!(out.spec["linux"]["namespaces"][2]["path"], JOINED_NAMESPACE);
+        }
+        set_namespace(&mut json, path(4713));
+        let error = spec(json.clone()).for_guest(&GuestPaths::default(), 1, &neighbours(Some(POD)));
+        assert!(error.unwrap_err().to_string().contains("4713"));
         set_namespace(&mut json, json!({"type": "pid"}));
 
         let user = json!({"type": "user", "path": "/proc/4711/ns/user"});
@@ -441,7 +465,11 @@ mod pods {
         let mut own = spec(json);
         own.share_shm();
         let paths = GuestPaths::default();
-        let mount = own.for_guest(&paths, 1, None).unwrap().spec["mounts"][0].clone();
+        let mount = own
+            .for_guest(&paths, 1, &Neighbours::default())
+            .unwrap()
+            .spec["mounts"][0]
+            .clone();
         let options = json!(["rbind", "rprivate", "rw"]);
         assert_eq!(
             mount,
@@ -471,7 +499,10 @@ mod pods {
         };
         let mount = json!({"destination": "/data", "type": "bind", "source": "/share/0", "options": ["rbind"]});
         assert_eq!(
-            parsed.for_guest(&paths, 1, None).unwrap().spec["mounts"][0],
+            parsed
+                .for_guest(&paths, 1, &Neighbours::default())
+                .unwrap()
+                .spec["mounts"][0],
             mount
         );
     }
