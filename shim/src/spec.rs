@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use mounts::BindMount;
+pub use mounts::{BindMount, KeptVolume, Owners};
 pub use pod::{DEFAULT_SHM_SIZE, Neighbours, NotInVm};
 pub use resources::Resources;
 use serde::Deserialize;
@@ -245,15 +245,19 @@ impl BundleSpec {
         resources.map_or_else(Hints::default, |r| r.applied_to(Hints::default()))
     }
 
-    /// Volumes that the kubelet keeps up to date and that the container only reads: place in the spec's list and directory.
-    pub fn kept_volumes(&self) -> Vec<(usize, PathBuf)> {
+    /// Volumes that the kubelet keeps up to date and that the container only reads.
+    pub fn kept_volumes(&self) -> Vec<KeptVolume> {
         let mounts = self.read.mounts.iter().flatten().enumerate();
         let kept = mounts.filter_map(|(index, mount)| {
             let source = mount.source.as_deref()?;
             let is_kept = mount.bind_kind().is_some()
                 && mount.is_read_only()
                 && volume::is_kept_up_to_date(source);
-            is_kept.then(|| (index, source.to_owned()))
+            is_kept.then(|| KeptVolume {
+                index,
+                source: source.to_owned(),
+                owners: mount.owners(),
+            })
         });
         kept.collect()
     }

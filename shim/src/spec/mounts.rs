@@ -36,7 +36,51 @@ pub(super) struct Mount {
     pub(super) gid_mappings: Option<Vec<IdRange>>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+/// A volume that the kubelet keeps up to date and that the container only reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptVolume {
+    /// Its place in the spec's list of mounts.
+    pub index: usize,
+    /// The directory on the host.
+    pub source: PathBuf,
+    /// Whose the container sees its files as.
+    pub owners: Owners,
+}
+
+/// Whose files are shown as whose: nobody's are changed where there are no ranges.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Owners {
+    uids: Vec<IdRange>,
+    gids: Vec<IdRange>,
+}
+
+impl Owners {
+    /// The user that a user on the disk is shown as.
+    pub fn user(&self, uid: u32) -> u32 {
+        shown_as(&self.uids, uid)
+    }
+
+    /// The group.
+    pub fn group(&self, gid: u32) -> u32 {
+        shown_as(&self.gids, gid)
+    }
+}
+
+/// What an id-mapped mount shows where an id is in no range: the kernel's `overflowuid`.
+const NOBODY: u32 = 65534;
+
+fn shown_as(ranges: &[IdRange], id: u32) -> u32 {
+    if ranges.is_empty() {
+        return id;
+    }
+    let shown = ranges.iter().find_map(|range| {
+        let offset = id.checked_sub(range.container)?;
+        (offset < range.size).then(|| range.host.checked_add(offset))?
+    });
+    shown.unwrap_or(NOBODY)
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(super) struct IdRange {
     #[serde(rename = "containerID")]
     container: u32,
@@ -125,6 +169,14 @@ impl Mount {
             && self.source.as_ref().is_some_and(of_host)
     }
 
+    /// As what a copy of the files is to have.
+    pub(super) fn owners(&self) -> Owners {
+        Owners {
+            uids: self.uid_mappings.clone().unwrap_or_default(),
+            gids: self.gid_mappings.clone().unwrap_or_default(),
+        }
+    }
+
     /// As options of a mount on this host.
     fn id_maps(&self) -> Vec<String> {
         let option = |name: &str, ranges: &Option<Vec<IdRange>>| {
@@ -154,4 +206,25 @@ fn is_kernel_tree(source: &Path) -> bool {
     ["/dev", "/proc", "/sys"]
         .iter()
         .any(|tree| source.starts_with(tree))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn owners_are_shown_as_an_id_mapped_mount_shows_them() {
+        let range = |container, host, size| IdRange {
+            container,
+            host,
+            size,
+        };
+        let owners = Owners {
+            uids: vec![range(0, 65536, 1000), range(2000, u32::MAX, 5)],
+            gids: Vec::new(),
+        };
+        assert_eq!((owners.user(0), owners.user(999)), (65536, 66535));
+        assert_eq!((owners.user(1000), owners.user(2001)), (NOBODY, NOBODY));
+        assert_eq!(owners.group(7), 7);
+    }
 }

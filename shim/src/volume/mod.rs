@@ -24,7 +24,10 @@ use std::{
     time::Duration,
 };
 
-use husk_protocol::{agent::SyncVolumeRequest, guest_path};
+use husk_protocol::{
+    agent::{SyncVolumeRequest, volume_entry::Content},
+    guest_path,
+};
 use protobuf::Message as _;
 use sha2::{Digest as _, Sha256};
 use tokio::{
@@ -37,6 +40,7 @@ use crate::{
     agent::Agent,
     error::{TaskError, chain},
     phase::{Phase, PhaseWatch},
+    spec::{KeptVolume, Owners},
 };
 use tree::TreeError;
 use watch::{News, Watch, Watcher};
@@ -102,7 +106,7 @@ impl VolumeError {
 enum Order {
     Attach {
         container: String,
-        volumes: Vec<(usize, PathBuf)>,
+        volumes: Vec<KeptVolume>,
         reply: oneshot::Sender<HashMap<usize, String>>,
     },
     Detach {
@@ -130,12 +134,11 @@ impl Volumes {
         Self { orders }
     }
 
-    /// Mirrors a container's volumes, given as places in its list of mounts and directories of the host. Returns the directories
-    /// of the guest for those that are mirrored. [`Self::detach`] undoes it, also where nobody waited for this.
+    /// Mirrors a container's volumes. Returns the directories of the guest for those that are mirrored, by places in its list of mounts. [`Self::detach`] undoes it, also where nobody waited for this.
     pub async fn attach(
         &self,
         container: &str,
-        volumes: Vec<(usize, PathBuf)>,
+        volumes: Vec<KeptVolume>,
     ) -> HashMap<usize, String> {
         if volumes.is_empty() {
             return HashMap::new();
@@ -177,6 +180,8 @@ struct Mirrors {
 /// One volume.
 struct Mirror {
     id: String,
+    /// Whose the guest sees its files as.
+    owners: Owners,
     /// Containers that mount it.
     users: BTreeSet<String>,
     watches: HashSet<Watch>,
@@ -243,11 +248,16 @@ impl Mirrors {
     async fn attach(
         &mut self,
         container: &str,
-        volumes: Vec<(usize, PathBuf)>,
+        volumes: Vec<KeptVolume>,
     ) -> HashMap<usize, String> {
         let mut attached = HashMap::new();
-        for (index, source) in volumes {
-            match self.attach_one(container, &source).await {
+        for KeptVolume {
+            index,
+            source,
+            owners,
+        } in volumes
+        {
+            match self.attach_one(container, &source, &owners).await {
                 Ok(path) => drop(attached.insert(index, path)),
                 Err(error) => {
                     let reason = chain(&error);
@@ -258,9 +268,14 @@ impl Mirrors {
         attached
     }
 
-    async fn attach_one(&mut self, container: &str, source: &Path) -> Result<String, VolumeError> {
+    async fn attach_one(
+        &mut self,
+        container: &str,
+        source: &Path,
+        owners: &Owners,
+    ) -> Result<String, VolumeError> {
         // Also one that is there: the container starts with what the host has now.
-        let synced = self.sync(source).await;
+        let synced = self.sync(source, Some(owners)).await;
         let Some(mirror) = self.mirrors.get_mut(source) else {
             return Err(synced.err().unwrap_or(VolumeError::NoGuest));
         };
@@ -296,7 +311,7 @@ impl Mirrors {
         let stale = |(source, mirror): (&PathBuf, &Mirror)| mirror.is_stale.then(|| source.clone());
         let stale: Vec<PathBuf> = self.mirrors.iter().filter_map(stale).collect();
         for source in stale {
-            let Err(error) = self.sync(&source).await else {
+            let Err(error) = self.sync(&source, None).await else {
                 continue;
             };
             let reason = chain(&error);
@@ -313,8 +328,9 @@ impl Mirrors {
         }
     }
 
-    /// Sends the guest what a directory holds, where that is news.
-    async fn sync(&mut self, source: &Path) -> Result<(), VolumeError> {
+    /// Sends the guest what a directory holds, where that is news. `owners` count where it is mirrored for the first time: users are the pod's,
+    /// the same for all its containers.
+    async fn sync(&mut self, source: &Path, owners: Option<&Owners>) -> Result<(), VolumeError> {
         let Phase::Running(agent) = self.pod.now() else {
             return Err(VolumeError::NoGuest);
         };
@@ -324,7 +340,7 @@ impl Mirrors {
         };
         let mirror = self.mirrors.entry(source.to_owned()).or_insert_with(|| {
             self.made += 1;
-            Mirror::new(self.made)
+            Mirror::new(self.made, owners.cloned().unwrap_or_default())
         });
         mirror.sync(source, watcher, &agent).await
     }
@@ -351,9 +367,10 @@ impl Mirrors {
 }
 
 impl Mirror {
-    fn new(number: u64) -> Self {
+    fn new(number: u64, owners: Owners) -> Self {
         Self {
             id: number.to_string(),
+            owners,
             users: BTreeSet::new(),
             watches: HashSet::new(),
             sent: None,
@@ -393,7 +410,15 @@ impl Mirror {
             self.watches.clear();
         }
         self.watches.extend(watches);
-        let request = self.request(entries?);
+        let mut entries = entries?;
+        for entry in &mut entries {
+            // A link has no owner.
+            if !matches!(entry.content, Some(Content::Link(_))) {
+                (entry.uid, entry.gid) =
+                    (self.owners.user(entry.uid), self.owners.group(entry.gid));
+            }
+        }
+        let request = self.request(entries);
         let digest = digest(&request);
         if digest.is_none() || self.sent != digest {
             self.is_in_guest = true;
