@@ -52,7 +52,7 @@ const UNUSED_PLUGINS: [&str; 6] = [
 
 /// The networks of CRI's containerd, by Debian's CNI plugins. The first is every pod's unless it asks for another by its
 /// runtime handler (`husk-wide`, say).
-const NETWORKS: [(&str, &str); 4] = [
+const NETWORKS: [(&str, &str); 5] = [
     // A bridge with addresses of its own, as kubeadm's clusters have it.
     (
         "bridge",
@@ -65,6 +65,14 @@ const NETWORKS: [(&str, &str); 4] = [
         r#"{ "type": "bridge", "bridge": "husk1", "isGateway": true, "ipMasq": false, "mtu": 9000,
              "ipam": { "type": "host-local",
                        "ranges": [[{ "subnet": "10.89.0.0/16" }], [{ "subnet": "fd00:89::/64" }]],
+                       "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] } }"#,
+    ),
+    // The address's network is not on the link: all of it is reached by the host.
+    (
+        "ptp",
+        r#"{ "type": "ptp", "ipMasq": false,
+             "ipam": { "type": "host-local",
+                       "ranges": [[{ "subnet": "10.93.0.0/16" }], [{ "subnet": "fd00:93::/64" }]],
                        "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] } }"#,
     ),
     (

@@ -21,6 +21,8 @@ use crate::{
     husk_test, test,
 };
 
+mod tables;
+
 pub const TESTS: &[Test] = &[
     test("a_pod_has_what_cni_left", as_cni_left_it),
     test("packets_go_everywhere", everywhere),
@@ -29,6 +31,8 @@ pub const TESTS: &[Test] = &[
     test("a_gigabyte_arrives_whole", gigabyte),
     test("a_port_of_the_host", host_port),
     test("two_families_and_large_frames", wide),
+    test("point_to_point", tables::point_to_point),
+    test("routes_by_hand", tables::by_hand),
     test("macvlan", |suite| branched(suite, "macvlan")),
     test("ipvlan", |suite| branched(suite, "ipvlan")),
     test("without_a_network_there_is_loopback", loopback),
