@@ -7,8 +7,8 @@ use serde_json::json;
 
 /// The runtime's name in containerd.
 pub const RUNTIME: &str = "io.containerd.husk.v2";
-/// Type under which containerd expects the OCI features document.
-const FEATURES: &str = "types.opencontainers.org/opencontainers/runtime-spec/1/features/Features";
+/// Type under which containerd expects the OCI features document (`core/runtime/typeurl.go` of containerd 2). It refuses any other.
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// The text of `-v`.
 pub fn version() -> String {
@@ -38,7 +38,7 @@ pub fn info() -> RuntimeInfo {
 }
 
 /// OCI features (runtime-spec features.md): what the guest's agent does with a spec. No AppArmor, SELinux or
-/// Intel RDT, which are the host kernel's; the VM stands in their place.
+/// Intel RDT, which are the host kernel's; the VM stands in their place. Mounts are id-mapped by the shim, on the host.
 fn features() -> serde_json::Value {
     json!({
         "ociVersionMin": "1.0.0",
@@ -56,7 +56,7 @@ fn features() -> serde_json::Value {
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } }
+            "mountExtensions": { "idmap": { "enabled": true } }
         }
     })
 }
@@ -73,5 +73,10 @@ mod tests {
         assert_eq!(back.name, RUNTIME);
         let features: serde_json::Value = serde_json::from_slice(&back.features.value).unwrap();
         assert_eq!(features["linux"]["cgroup"]["v2"], true);
+        // containerd 2 asks for it before it gives a container of a user namespace any mount.
+        assert_eq!(
+            features["linux"]["mountExtensions"]["idmap"]["enabled"],
+            true
+        );
     }
 }
