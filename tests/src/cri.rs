@@ -145,6 +145,24 @@ impl Cri {
         })
     }
 
+    /// ListContainerStats of the containers of one pod.
+    ///
+    /// # Errors
+    /// CRI's message.
+    pub fn list_container_stats(&self, pod: &str) -> Result<Vec<v1::ContainerStats>> {
+        let filter = v1::ContainerStatsFilter {
+            pod_sandbox_id: pod.to_owned(),
+            ..Default::default()
+        };
+        let request = v1::ListContainerStatsRequest {
+            filter: Some(filter),
+        };
+        let answer = self.call("ListContainerStats", async |mut c| {
+            c.list_container_stats(request).await
+        })?;
+        Ok(answer.stats)
+    }
+
     /// A pod of the plainest kind.
     ///
     /// # Errors
@@ -272,6 +290,20 @@ impl Pod<'_> {
             c.pod_sandbox_status(request).await
         })?;
         answer.status.context("a status without a status")
+    }
+
+    /// PodSandboxStats.
+    ///
+    /// # Errors
+    /// CRI's message.
+    pub fn stats(&self) -> Result<v1::PodSandboxStats> {
+        let request = v1::PodSandboxStatsRequest {
+            pod_sandbox_id: self.id.clone(),
+        };
+        let answer = self.cri.call("PodSandboxStats", async |mut c| {
+            c.pod_sandbox_stats(request).await
+        })?;
+        answer.stats.context("stats without stats")
     }
 
     /// Its addresses, the primary one first.

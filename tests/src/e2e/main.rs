@@ -22,6 +22,7 @@ mod deploy;
 mod durations;
 mod exec;
 mod faults;
+mod features;
 mod growth;
 mod io;
 mod isolation;
@@ -112,6 +113,7 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("oci", false, oci::TESTS),
     ("pods", false, pods::TESTS),
     ("sharing", false, sharing::TESTS),
+    ("features", false, features::TESTS),
     ("net", false, net::TESTS),
     ("kubelet", false, kubelet::TESTS),
     ("survival", true, survival::TESTS),

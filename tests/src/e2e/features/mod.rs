@@ -1,0 +1,12 @@
+//! What else a kubelet asks for a pod, as CRI says it.
+
+mod figures;
+mod volumes;
+
+use crate::{Test, test};
+
+pub const TESTS: &[Test] = &[
+    test("volumes_of_a_user_and_their_parts", volumes::of_a_user),
+    test("processes_of_a_targeted_container", figures::target),
+    test("figures_of_a_pod_and_its_containers", figures::stats),
+];
