@@ -68,6 +68,17 @@ pub enum ShareError {
         /// Why not.
         reason: io::Error,
     },
+    /// A hugetlbfs.
+    #[error(
+        "mount {destination}: a volume of huge pages (medium HugePages, {path}) is not possible for a container in a VM yet: its pages are \
+         the host's, and the guest cannot map them; use another medium, or another runtime class"
+    )]
+    HugePages {
+        /// The source.
+        path: PathBuf,
+        /// Its place in the container.
+        destination: String,
+    },
     /// A mount was refused.
     #[error(transparent)]
     Mount(#[from] MountError),
@@ -188,6 +199,12 @@ impl Share {
                 destination: spec.mount_destination(bound.index),
                 reason,
             })?;
+            if has_huge_pages(&bound.source) {
+                return Err(ShareError::HugePages {
+                    path: bound.source.clone(),
+                    destination: spec.mount_destination(bound.index),
+                });
+            }
             if kind.is_dir() {
                 make_dir(&target)?;
             } else {
@@ -233,6 +250,14 @@ impl Share {
             Err(ShareError::Id(id.to_owned()))
         }
     }
+}
+
+/// `HUGETLBFS_MAGIC` of linux/magic.h.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+fn has_huge_pages(source: &Path) -> bool {
+    let stat = rustix::fs::statfs(source);
+    stat.is_ok_and(|stat| u64::try_from(stat.f_type) == Ok(HUGETLBFS_MAGIC))
 }
 
 fn bind(source: &Path, recursive: bool, options: &[&str]) -> MountRequest {
