@@ -115,6 +115,7 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("sharing", false, sharing::TESTS),
     ("features", false, features::TESTS),
     ("net", false, net::TESTS),
+    ("bulk", false, net::BULK),
     ("kubelet", false, kubelet::TESTS),
     ("survival", true, survival::TESTS),
     ("many", true, many::TESTS),

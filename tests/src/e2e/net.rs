@@ -28,7 +28,6 @@ pub const TESTS: &[Test] = &[
     test("packets_go_everywhere", everywhere),
     test("tcp_both_ways_and_many_at_once", tcp),
     test("udp_both_ways", udp),
-    test("a_gigabyte_arrives_whole", gigabyte),
     test("a_port_of_the_host", host_port),
     test("two_families_and_large_frames", wide),
     test("point_to_point", tables::point_to_point),
@@ -39,6 +38,9 @@ pub const TESTS: &[Test] = &[
     husk_test("a_network_that_comes_later", late),
     husk_test("the_hosts_network_is_refused", host_network),
 ];
+
+/// What takes minutes in the testbed, and asks nothing of containerd.
+pub const BULK: &[Test] = &[test("a_gigabyte_arrives_whole", gigabyte)];
 
 /// The host's end of the bridge.
 const GATEWAY: &str = "10.88.0.1";
