@@ -35,7 +35,6 @@ use crate::polled::Polled;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
 use crate::sandbox::{self, Milestones};
-use crate::share;
 use crate::volume::{self, Volumes};
 
 /// Turns given to the runtime for the reply of the last call to leave.
@@ -305,12 +304,7 @@ impl<R: Runtime> Agent for Service<R> {
         request: ContainerRequest,
     ) -> ttrpc::Result<Empty> {
         let containers = Arc::clone(&self.containers);
-        to_its_end(async move {
-            containers.delete(&request.container_id).await?;
-            share::forget(&request.container_id);
-            Ok(())
-        })
-        .await?;
+        to_its_end(async move { containers.delete(&request.container_id).await }).await?;
         Ok(Empty::new())
     }
 
