@@ -30,6 +30,8 @@ pub fn full(suite: &Context) -> Result<()> {
     let containerd = Containerd::start_with_cri(dir, &suite.bin, Sandboxer::Pause)?;
     containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
     let cri = Cri::connect(&containerd, suite.runtime)?;
+    // A pod's bridge stays.
+    drop(cri.pod()?);
     let before = Traces::now();
     let pod = cri.pod()?;
     let (writer, other) = (pod.start(container(&SLEEP))?, pod.start(container(&SLEEP))?);
