@@ -1,17 +1,15 @@
+//! The guest's clocks, in nanoseconds.
+
 #![allow(
     unsafe_code,
     reason = "the adjtimex system call, which nix does not wrap"
 )]
-//! The guest's clocks, in nanoseconds.
 
 use std::mem;
 
+use husk_protocol::CLOCK_STEP_NS;
 use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
-
-/// From this error on a clock is set; one that is less wrong is sped up or slowed down until it is right, by 500 ppm at most.
-/// The step threshold of ntpd(8).
-const STEP_NS: u64 = 128_000_000;
 
 const SECOND_NS: i64 = 1_000_000_000;
 
@@ -41,7 +39,7 @@ fn now(clock: ClockId) -> u64 {
 pub fn adjust(add_ns: i64) -> nix::Result<()> {
     // SAFETY: plain integers, for which zero is a value.
     let mut request: libc::timex = unsafe { mem::zeroed() };
-    if add_ns.unsigned_abs() < STEP_NS {
+    if add_ns.unsigned_abs() < CLOCK_STEP_NS {
         request.modes = libc::ADJ_OFFSET_SINGLESHOT;
         // In microseconds.
         request.offset = add_ns / 1000;

@@ -50,6 +50,10 @@ pub mod ports {
 /// its id and not by a pid, which may have become another process's.
 pub const JOINED_NAMESPACE: &str = "joined";
 
+/// From this correction on, in nanoseconds, `AdjustClock` sets the clock; one that is less is made gradually, by 500 ppm at most. The step
+/// threshold of ntpd(8).
+pub const CLOCK_STEP_NS: u64 = 128_000_000;
+
 /// Paths inside the guest that host and agent agree on.
 pub mod guest_path {
     /// Mount point of the pod's virtio-fs share.

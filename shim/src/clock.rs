@@ -1,7 +1,3 @@
-#![allow(
-    unsafe_code,
-    reason = "registering an fd is unsafe because a type could lie about owning it"
-)]
 //! Keeps the guest's wall clock at the host's.
 //!
 //! A guest counts time by kvm-clock. That goes on while the VM stands still, so a VM that was stopped for a while has the right time when it
@@ -9,12 +5,18 @@
 //! time. So the two are compared, at once when the host's has been set (the end of a suspend counts as that) and every [`INTERVAL`],
 //! as NTP compares clocks: the guest is asked for its time, which it told somewhere between the question and the answer.
 
+#![allow(
+    unsafe_code,
+    reason = "registering an fd is unsafe because a type could lie about owning it"
+)]
+
 use std::{
     io,
     os::fd::OwnedFd,
     time::{Duration, SystemTime},
 };
 
+use husk_protocol::CLOCK_STEP_NS;
 use rustix::{
     io::Errno,
     time::{
@@ -42,9 +44,6 @@ const SLOW: Duration = Duration::from_millis(200);
 /// An error that is left alone.
 const TOLERANCE: Duration = Duration::from_millis(1);
 
-/// From this correction on, which the agent makes at once, a person may want to know.
-const NOTEWORTHY_NS: u64 = 128_000_000;
-
 /// Compares and corrects for as long as it is polled. Must be called within a tokio runtime.
 pub async fn follow(agent: Agent) {
     let steps = Steps::watch();
@@ -71,7 +70,8 @@ async fn compare(agent: &Agent) -> Option<()> {
         .ok()?;
     let seen = Comparison::new(asked, guest_ns, answered)?;
     if let Some(correction) = seen.correction() {
-        if correction.unsigned_abs() >= NOTEWORTHY_NS {
+        // One that is made at once, a person may want to know of.
+        if correction.unsigned_abs() >= CLOCK_STEP_NS {
             let milliseconds = correction / 1_000_000;
             info!(milliseconds, "correcting the guest's clock");
         }

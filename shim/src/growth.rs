@@ -46,11 +46,12 @@ struct Bounds {
 impl Bounds {
     /// How far it may grow now: the engine may have changed the limits.
     fn max(&self) -> Size {
+        if self.max == self.start {
+            return self.max;
+        }
         let limit = self.cgroup.as_ref().and_then(PodCgroup::memory_limit);
         Size {
-            memory_mib: limit.map_or(self.max.memory_mib, |limit| {
-                self.max.memory_mib.min(sizing::room_mib(limit))
-            }),
+            memory_mib: sizing::within(self.max.memory_mib, limit),
             ..self.max
         }
     }

@@ -32,6 +32,7 @@ pub mod mount;
 pub mod network;
 pub mod overlay;
 pub mod phase;
+pub mod plan;
 pub mod pod;
 pub mod sandbox;
 pub mod service;

@@ -95,6 +95,14 @@ impl PhaseWatch {
         }
     }
 
+    /// Does something until it is done, or the VM has gone.
+    pub async fn while_there(&self, work: impl Future<Output = ()>) {
+        tokio::select! {
+            () = work => {}
+            _ = self.gone() => {}
+        }
+    }
+
     /// Resolves with the agent once it serves, or with why it does not.
     ///
     /// # Errors

@@ -27,7 +27,6 @@ use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use crate::{
     agent::Agent,
-    cgroup::{self, PodCgroup},
     clock,
     config::Config,
     context::ShimContext,
@@ -35,16 +34,16 @@ use crate::{
     growth::{Growth, TooSmall},
     network::{self, Network, late::Late, model::Found},
     phase::{Phase, PhaseSender, PhaseWatch},
+    plan,
     pod::{PodSource, PodSpec},
     share::Share,
-    sizing::{self, Bounds, Size},
-    state::{PodDir, ProcessId},
+    state::PodDir,
     streams::{self, Streams},
     timing::{Moment, Point, Timeline},
     vm::{
         Driver, GuestConnection, LaunchPlan, Machine, VmError,
         console::{self, Tail},
-        process, quote_console,
+        quote_console,
     },
 };
 
@@ -93,7 +92,7 @@ impl Sandbox {
             streams: Streams::default(),
             phase: PhaseSender::default(),
             machine: OnceLock::new(),
-            growth: Growth::new(default_size(&context.config)),
+            growth: Growth::new(plan::default_size(&context.config)),
             network: OnceLock::new(),
             late: OnceLock::new(),
             doom: OnceLock::new(),
@@ -197,23 +196,15 @@ impl Sandbox {
         };
         let sandbox = Arc::clone(self);
         tokio::spawn(async move {
-            let pod = sandbox.phase();
-            tokio::select! {
-                () = sandbox.growth.follow(machine, agent) => {}
-                _ = pod.gone() => {}
-            }
+            let grow = sandbox.growth.follow(machine, agent);
+            sandbox.phase().while_there(grow).await;
         });
     }
 
     /// From here on the guest's clock follows the host's, until the VM has gone.
     fn keep_time(&self, agent: Agent) {
         let pod = self.phase();
-        let keep = async move {
-            tokio::select! {
-                () = clock::follow(agent) => {}
-                _ = pod.gone() => {}
-            }
-        };
+        let keep = async move { pod.while_there(clock::follow(agent)).await };
         tokio::spawn(keep.in_current_span());
     }
 
@@ -346,33 +337,7 @@ impl Sandbox {
         let (config, pod, id) = (self.config.clone(), self.pod.clone(), self.id.clone());
         let spec = spec.clone();
         let planned = tokio::task::spawn_blocking(move || {
-            // Not the shim's, which is as low as containerd's own.
-            let score = spec.oom_score_adj;
-            if let Err(error) = process::set_oom_score_adj(vmm, score) {
-                warn!(%error, score, "cannot set the VMM's oom_score_adj");
-            }
-            let cgroup = spec.cgroups_path.as_deref().and_then(cgroup_for);
-            let vmm_id = i32::try_from(vmm)
-                .ok()
-                .and_then(|pid| ProcessId::of(pid).ok());
-            let record = |cgroup: Option<&PodCgroup>| {
-                let recorded = pod.update(|state| {
-                    state.vmm = vmm_id;
-                    state.cgroup = cgroup.map(|c| c.path().to_owned());
-                });
-                if let Err(error) = recorded {
-                    warn!(%error, "cannot record the VMM in the pod's state file");
-                }
-            };
-            // Before it is made: a shim that is killed here leaves nothing that nobody knows of.
-            let own = cgroup.as_ref().filter(|c| !c.exists());
-            record(own);
-            let is_own = cgroup.as_ref().is_some_and(|c| place_in_cgroup(c, vmm));
-            if own.is_some() != is_own {
-                record(cgroup.as_ref().filter(|_| is_own));
-            }
-            let limit = cgroup.as_ref().and_then(PodCgroup::memory_limit);
-            Ok::<_, VmError>((plan_for(&spec, &config, id, limit)?, cgroup))
+            plan::place_and_size(vmm, &spec, &config, &pod, id)
         });
         let (plan, cgroup) = planned
             .await
@@ -543,80 +508,4 @@ impl Sandbox {
         }
         self.release_network().await;
     }
-}
-
-fn default_size(config: &Config) -> Size {
-    Size {
-        vcpus: config.default_vcpus,
-        memory_mib: config.default_memory_mib,
-    }
-}
-
-/// Size and parameters, from the pod's limits and annotations, the memory limit of its cgroup (bytes) and the node's settings.
-fn plan_for(
-    spec: &PodSpec,
-    config: &Config,
-    id: String,
-    cgroup_limit: Option<u64>,
-) -> Result<LaunchPlan, VmError> {
-    let overrides = config
-        .overrides(&spec.annotations)
-        .map_err(|e| VmError::Other(e.to_string()))?;
-    let bounds = Bounds {
-        default: default_size(config),
-        max: Size {
-            vcpus: config.max_vcpus,
-            memory_mib: config.max_memory_mib,
-        },
-    };
-    let mut size = sizing::size(&spec.hints, &bounds);
-    size.vcpus = overrides.vcpus.unwrap_or(size.vcpus);
-    size.memory_mib = overrides.memory_mib.unwrap_or(size.memory_mib);
-    if let Some(limit) = cgroup_limit
-        && size.memory_mib > sizing::room_mib(limit)
-    {
-        let room = sizing::room_mib(limit);
-        debug!(
-            wanted = size.memory_mib,
-            room, limit, "the VM is made as small as the memory limit of the pod's cgroup wants it"
-        );
-        size.memory_mib = room;
-    }
-    let max = Size {
-        vcpus: overrides.max_vcpus.unwrap_or(config.grow_vcpus),
-        memory_mib: overrides.max_memory_mib.unwrap_or(config.grow_memory_mib),
-    };
-    let params: Vec<&str> = [
-        Some(config.kernel_params.as_str()),
-        overrides.kernel_params.as_deref(),
-    ]
-    .into_iter()
-    .flatten()
-    .filter(|p| !p.trim().is_empty())
-    .collect();
-    Ok(LaunchPlan {
-        id,
-        size,
-        max: max.at_least(size),
-        kernel_params: params.join(" "),
-        debug_console: overrides.debug_console.unwrap_or(config.debug_console),
-        nics: Vec::new(),
-    })
-}
-
-/// A pod without its cgroup still runs: the engine may have given a path that this host's cgroups do not offer.
-fn cgroup_for(path: &Path) -> Option<PodCgroup> {
-    if !cgroup::is_unified() {
-        warn!("the host has cgroup v1: the VMM stays in the shim's cgroup");
-        return None;
-    }
-    PodCgroup::of_spec(path)
-}
-
-/// Returns whether the cgroup is there and husk's own.
-fn place_in_cgroup(cgroup: &PodCgroup, vmm: u32) -> bool {
-    cgroup.place(vmm).unwrap_or_else(|error| {
-        warn!(%error, path = %cgroup.path().display(), "the VMM stays in the shim's cgroup");
-        false
-    })
 }

@@ -163,10 +163,15 @@ pub fn size(hints: &Hints, bounds: &Bounds) -> Size {
     }
 }
 
-/// MiB of the largest VM that stays within this limit of the pod's cgroup (bytes); never less than [`MIN_MEMORY_MIB`].
+/// MiB of a VM that is to have `memory_mib` and stays within this limit of the pod's cgroup (bytes), where there is one; it is
+/// never brought below [`MIN_MEMORY_MIB`].
 ///
 /// The host's kernel would otherwise end the whole pod where the guest's could have stopped one container.
-pub fn room_mib(limit: u64) -> u64 {
+pub fn within(memory_mib: u64, limit: Option<u64>) -> u64 {
+    limit.map_or(memory_mib, |limit| memory_mib.min(room_mib(limit)))
+}
+
+fn room_mib(limit: u64) -> u64 {
     let limit = limit / MIB;
     limit
         .saturating_sub(HOST_OVERHEAD_MIB + limit / PAGE_TABLES_DIVISOR)
@@ -211,6 +216,9 @@ mod tests {
         assert_eq!(room_mib(512 * MIB), 512 - 16 - 2);
         assert_eq!(room_mib(0), MIN_MEMORY_MIB);
         assert!(room_mib(u64::MAX) < u64::MAX / MIB);
+        assert_eq!(within(128, Some(512 * MIB)), 128);
+        assert_eq!(within(1024, Some(512 * MIB)), 512 - 16 - 2);
+        assert_eq!(within(1024, None), 1024);
     }
 
     #[test]

@@ -134,10 +134,7 @@ async fn accept(steered: Steered, guest: Guest) {
             }
         }
     };
-    tokio::select! {
-        () = each => {}
-        _ = guest.phase.gone() => {}
-    }
+    guest.phase.while_there(each).await;
     drop(link);
 }
 
@@ -150,10 +147,8 @@ impl Guest {
         let guest = self.clone();
         let span = tracing::Span::current();
         let carried = async move {
-            tokio::select! {
-                () = guest.carry(client, permit) => {}
-                _ = guest.phase.gone() => {}
-            }
+            let carry = guest.carry(client, permit);
+            guest.phase.while_there(carry).await;
         };
         tokio::spawn(carried.instrument(span));
     }
