@@ -37,6 +37,9 @@ pub struct ProcessId {
     pub starttime: u64,
 }
 
+/// How often the state directory is made again when it has just been removed.
+const TRIES: u32 = 100;
+
 /// The contents of `state.json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodState {
@@ -88,6 +91,30 @@ fn remove_if_empty(namespace_dir: &Path) {
 /// # Errors
 /// With the path, when the file system refuses.
 pub fn make_state_dir(path: &Path) -> io::Result<PathBuf> {
+    let mut made = make_and_name(path);
+    // The end of the last pod takes it away, maybe just now.
+    for _ in 0..TRIES {
+        match &made {
+            Err(error) if is_just_removed(error) => made = make_and_name(path),
+            _ => break,
+        }
+    }
+    made.map_err(|e| {
+        let message = format!("cannot make the state directory {}: {e}", path.display());
+        io::Error::new(e.kind(), message)
+    })
+}
+
+/// Whether that is what making a directory comes to when somebody takes it away at the same time: it was there when it was to be made,
+/// or its parent was not.
+fn is_just_removed(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
+    )
+}
+
+fn make_and_name(path: &Path) -> io::Result<PathBuf> {
     let make = |path: &Path| {
         fs::DirBuilder::new()
             .recursive(true)
@@ -99,10 +126,7 @@ pub fn make_state_dir(path: &Path) -> io::Result<PathBuf> {
         (Err(_), Ok(target)) => make(&path.parent().unwrap_or(path).join(target)),
         (made, _) => made,
     };
-    made.and_then(|()| fs::canonicalize(path)).map_err(|e| {
-        let message = format!("cannot make the state directory {}: {e}", path.display());
-        io::Error::new(e.kind(), message)
-    })
+    made.and_then(|()| fs::canonicalize(path))
 }
 
 /// The state directory without links, if it is there.
@@ -305,9 +329,7 @@ impl PodDir {
             let dir = match made.and_then(|()| fs::File::open(&self.namespace_dir)) {
                 Ok(dir) => dir,
                 // Somebody has just removed it with its last pod.
-                Err(e) if e.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
-                    continue;
-                }
+                Err(e) if is_just_removed(&e) && Instant::now() < deadline => continue,
                 Err(e) => return Err(e),
             };
             match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
@@ -500,6 +522,30 @@ mod tests {
         std::os::unix::fs::symlink("loop", root.join("loop")).unwrap();
         let error = make_state_dir(&root.join("loop")).unwrap_err().to_string();
         assert!(error.contains("loop"), "{error}");
+    }
+
+    #[test]
+    fn a_state_directory_is_made_while_the_last_pod_takes_it_away() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("husk");
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let made = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = fs::remove_dir(&dir);
+                }
+            });
+            let made: Vec<_> = (0..2000).map(|_| make_state_dir(&dir)).collect();
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            made
+        });
+        let failed: Vec<_> = made.iter().filter(|made| made.is_err()).collect();
+        assert!(
+            failed.is_empty(),
+            "{} of 2000: {:?}",
+            failed.len(),
+            failed[0]
+        );
     }
 
     #[test]
