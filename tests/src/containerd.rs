@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{
+    cri,
     ctr::{self, Output, Running},
     host,
     runtime::Runtime,
@@ -96,8 +97,13 @@ pub enum Sandboxer {
     Shim,
 }
 
-/// Interfaces of the host that the last two networks branch off.
-const MASTERS: [&str; 2] = ["husk-mv", "husk-iv"];
+/// Interfaces of the host, and their kinds: the first network's bridge, which its plugin would make with the first pod and leave
+/// there, and what the last two networks branch off.
+const LINKS: [(&str, &str); 3] = [
+    ("husk0", "bridge"),
+    ("husk-mv", "dummy"),
+    ("husk-iv", "dummy"),
+];
 
 /// The runtime handler that gives a pod this runtime and one of [`NETWORKS`].
 pub fn handler(runtime: Runtime, network: &str) -> String {
@@ -140,7 +146,7 @@ impl Containerd {
             // Without it 1.7 knows no other sandboxer than its own.
             Sandboxer::Shim => &[("ENABLE_CRI_SANDBOXES", "1")],
         };
-        Self::start_with(dir, bin, &settings, &[], environment)
+        Self::start_with(dir, bin, &settings, &[], environment)?.with_image()
     }
 
     /// Starts one that serves CRI with these runtimes alone.
@@ -149,7 +155,13 @@ impl Containerd {
     /// It did not come up; with the end of its log.
     pub fn start_with_runtimes(dir: &Path, bin: &Path, runtimes: &[Runtime]) -> Result<Self> {
         let settings = cri_settings(dir, Sandboxer::Pause, runtimes)?;
-        Self::start_with(dir, bin, &settings, &[], &[])
+        Self::start_with(dir, bin, &settings, &[], &[])?.with_image()
+    }
+
+    /// With the image in CRI's namespace.
+    fn with_image(self) -> Result<Self> {
+        self.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
+        Ok(self)
     }
 
     fn start_with(
@@ -429,10 +441,10 @@ impl Containerd {
 
 /// CRI's part of the configuration, with these runtimes on each of [`NETWORKS`], whose files it writes below `dir`.
 fn cri_settings(dir: &Path, sandboxer: Sandboxer, runtimes: &[Runtime]) -> Result<String> {
-    for master in MASTERS {
+    for (link, kind) in LINKS {
         // It may be there from an earlier one.
-        let _ = host::run(&["ip", "link", "add", master, "type", "dummy"]);
-        host::run(&["ip", "link", "set", master, "up"])?;
+        let _ = host::run(&["ip", "link", "add", link, "type", kind]);
+        host::run(&["ip", "link", "set", link, "up"])?;
     }
     // containerd 2 reads version 2's names of what it has since split up.
     let mut settings = format!(

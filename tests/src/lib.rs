@@ -11,6 +11,7 @@ pub mod ctr;
 pub mod events;
 pub mod host;
 pub mod runtime;
+pub mod side_by_side;
 pub mod spdy;
 pub mod spec;
 pub mod streams;

@@ -5,17 +5,17 @@ use std::{
     io::{Read as _, Write as _},
     net::TcpStream,
     path::Path,
-    sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use husk_tests::{
     containerd::Containerd,
-    cri::{self, Cri, Pod, PodContainer, container, v1},
+    cri::{Cri, Pod, PodContainer, container, v1},
     host,
     runtime::Runtime,
+    side_by_side::side_by_side,
     wait,
 };
 use serde_json::Value;
@@ -41,7 +41,6 @@ const SLEEP: [&str; 2] = ["sleep", "1000000"];
 pub fn measure(bench: &Bench, table: &mut Table) -> Result<()> {
     let containerd =
         Containerd::start_with_runtimes(Path::new("/run/husk-bench-cri"), &bench.bin, &RUNTIMES)?;
-    containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
     let mut kubelets = Vec::new();
     for runtime in RUNTIMES {
         let cri = Cri::connect(&containerd, runtime)?;
@@ -175,36 +174,16 @@ fn many(kubelets: &[(Runtime, Cri)], table: &mut Table) -> Result<()> {
     for (runtime, cri) in kubelets {
         let before = available()?;
         let begin = Instant::now();
-        let next = AtomicUsize::new(0);
-        let pods = thread::scope(|scope| {
-            let starters: Vec<_> = (0..AT_ONCE)
-                .map(|_| {
-                    scope.spawn(|| {
-                        let mut mine = Vec::new();
-                        while next.fetch_add(1, Ordering::Relaxed) < MANY {
-                            let pod = cri.pod()?;
-                            pod.start(container(&SLEEP))?;
-                            mine.push(pod);
-                        }
-                        Ok::<_, anyhow::Error>(mine)
-                    })
-                })
-                .collect();
-            let mut pods = Vec::new();
-            for starter in starters {
-                pods.extend(
-                    starter
-                        .join()
-                        .map_err(|_| anyhow::anyhow!("a starter panicked"))??,
-                );
-            }
-            Ok::<_, anyhow::Error>(pods)
+        let pods = side_by_side(MANY, AT_ONCE, |_| {
+            let pod = cri.pod()?;
+            pod.start(container(&SLEEP))?;
+            Ok(pod)
         })?;
-        ensure!(pods.len() == MANY);
         let count = f64::from(u32::try_from(MANY)?);
         rate.add(*runtime, count * 60.0 / begin.elapsed().as_secs_f64());
         thread::sleep(SETTLE);
         memory.add(*runtime, (before - available()?) / count);
+        drop(pods);
     }
     table.push(rate);
     table.push(memory);

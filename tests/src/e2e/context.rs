@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use husk_tests::{
     containerd::{Containerd, Sandboxer},
-    cri::{self, Cri},
+    cri::Cri,
     ctr::{self, Output, Running},
     runtime::Runtime,
     spec::SpecRun,
@@ -88,7 +88,6 @@ impl Context {
             return Ok((containerd, cri));
         }
         let containerd = Containerd::start_with_cri(Path::new(dir), &self.bin, sandboxer)?;
-        containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
         let cri = Cri::connect(&containerd, self.runtime)?;
         let (containerd, cri) = place.get_or_init(|| (containerd, cri));
         Ok((containerd, cri))

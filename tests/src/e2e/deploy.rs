@@ -28,7 +28,6 @@ fn install(suite: &Context) -> Result<()> {
         &suite.bin,
         &[Runtime::Runc],
     )?;
-    containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
     containerd
         .import_into(cri::NAMESPACE, Path::new(ARCHIVE))
         .context("the installer's image; tests/scripts/image makes it")?;

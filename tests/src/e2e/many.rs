@@ -1,18 +1,15 @@
 //! As many pods at once as a node may have.
 
 use std::{
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
-    thread,
+    sync::{Mutex, PoisonError},
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use husk_tests::{
     cri::{Pod, PodContainer, container, v1},
     host::{self, Traces},
+    side_by_side::side_by_side,
 };
 
 use crate::{Test, context::Context, husk_test};
@@ -29,14 +26,12 @@ const MOST_KIB: u64 = 96 << 10;
 
 fn forty(suite: &Context) -> Result<()> {
     let cri = suite.cri()?;
-    // A pod's bridge stays.
-    drop(cri.pod()?);
     let before = Traces::now();
     let start = Instant::now();
-    let pods = side_by_side(|_| cri.pod())?;
-    let running = side_by_side(|number| named(&pods[number], number))?;
+    let pods = side_by_side(PODS, AT_A_TIME, |_| cri.pod())?;
+    let running = side_by_side(PODS, AT_A_TIME, |number| named(&pods[number], number))?;
     let started = start.elapsed();
-    side_by_side(|number| {
+    side_by_side(PODS, AT_A_TIME, |number| {
         let name = running[number].sh("echo $NAME")?.ok()?;
         ensure!(name == number.to_string(), "pod {number} says {name}");
         Ok(())
@@ -46,7 +41,7 @@ fn forty(suite: &Context) -> Result<()> {
     ensure!(kib < MOST_KIB, "{kib} KiB a pod");
     drop(running);
     let pods = Mutex::new(pods);
-    side_by_side(|_| {
+    side_by_side(PODS, AT_A_TIME, |_| {
         let pod = pods.lock().unwrap_or_else(PoisonError::into_inner).pop();
         drop(pod);
         Ok(())
@@ -71,29 +66,4 @@ fn memory(pod: &Pod<'_>) -> Result<u64> {
     let vmm = host::vmm_of(&shim).context("the pod has no VMM")?;
     let pss = |process: &host::Process| host::smaps(process.pid, "Pss").context("it has gone");
     Ok(pss(&shim)? + pss(&vmm)?)
-}
-
-/// Does something for the number of each pod, [`AT_A_TIME`].
-fn side_by_side<T: Send>(work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
-    let next = AtomicUsize::new(0);
-    let mut done = thread::scope(|scope| {
-        let row = || {
-            let mut done = Vec::new();
-            loop {
-                match next.fetch_add(1, Ordering::Relaxed) {
-                    number @ 0..PODS => done.push((number, work(number)?)),
-                    _ => return Ok(done),
-                }
-            }
-        };
-        let rows: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(row)).collect();
-        let mut all = Vec::new();
-        for row in rows {
-            let done: Result<Vec<_>> = row.join().unwrap_or_else(|_| bail!("a thread panicked"));
-            all.extend(done?);
-        }
-        Ok::<_, anyhow::Error>(all)
-    })?;
-    done.sort_by_key(|(number, _)| *number);
-    Ok(done.into_iter().map(|(_, result)| result).collect())
 }

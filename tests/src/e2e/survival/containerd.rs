@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Result, ensure};
 use husk_tests::{
     containerd::{Containerd, Sandboxer},
-    cri::{self, Cri, PodContainer, container, v1},
+    cri::{Cri, PodContainer, container, v1},
     host,
     runtime::Runtime,
 };
@@ -48,7 +48,6 @@ fn ended_meanwhile(suite: &Context, container: &PodContainer<'_>, code: i32) -> 
 pub fn upgraded(suite: &Context) -> Result<()> {
     let dir = Path::new("/run/husk-e2e-upgrade");
     let containerd = Containerd::start_with_cri(dir, &suite.bin, Sandboxer::Pause)?;
-    containerd.import_into(cri::NAMESPACE, Path::new("/srv/images/busybox.tar"))?;
     let cri = Cri::connect(&containerd, suite.runtime)?;
     let version = || containerd.run_ctr(&["version"])?.ok().map(|v| v.text());
     let old = version()?;
