@@ -1,7 +1,7 @@
 //! The disk under the containers is full.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -13,7 +13,7 @@ use husk_tests::{
     runtime::Runtime,
     wait,
 };
-use nix::sys::statvfs::{Statvfs, statvfs};
+use nix::sys::statvfs::statvfs;
 
 use super::{SLEEP, shared};
 use crate::context::Context;
@@ -48,12 +48,10 @@ pub fn full(suite: &Context) -> Result<()> {
         filled.code != 0 && filled.out.contains("No space left on device"),
         "{filled:?}"
     );
-    // What rests is smaller than a block of dd's, and writing to the disk gives back some of what was set aside for it.
-    wait::until("the last block to be taken", || {
-        writer.sh("cat /dev/zero >>/big").ok()?;
-        nix::unistd::sync();
-        (disk.free_blocks().ok()? == 0).then_some(())
-    })?;
+    // What rests is smaller than a block of dd's.
+    writer.sh("cat /dev/zero >>/big")?;
+    ensure!(disk.free_mib()? == 0, "{} MiB free", disk.free_mib()?);
+    disk.take_the_rest()?;
 
     // The others live, logs that cannot be written stop nobody, and what needs room says so.
     other.exec(&["true"])?.ok()?;
@@ -63,6 +61,7 @@ pub fn full(suite: &Context) -> Result<()> {
     says_why(suite, late.start(), "starting a container")?;
     says_why(suite, cri.pod().map(drop), "starting a pod")?;
     writer.exec(&["true"])?.ok()?;
+    disk.give_the_rest_back()?;
 
     // What goes makes room again: a file at once, the rest with its pod.
     writer.exec(&["rm", "/big"])?.ok()?;
@@ -118,20 +117,37 @@ impl Disk {
         host::run(&["mount", "-o", "loop", &text(&image), &text(&root)])?;
         let disk = Self { image, root };
         fs::create_dir(disk.root.join("pods"))?;
+        fs::create_dir(disk.rest())?;
         std::os::unix::fs::symlink("root/pods", dir.join("pods"))?;
         Ok(disk)
     }
 
     fn free_mib(&self) -> Result<u64> {
-        Ok(self.free_blocks()? * self.stat()?.fragment_size() / (1 << 20))
+        let stat = statvfs(&self.root).with_context(|| format!("{}", self.root.display()))?;
+        Ok(stat.blocks_available() * stat.fragment_size() / (1 << 20))
     }
 
-    fn free_blocks(&self) -> Result<u64> {
-        Ok(self.stat()?.blocks_available())
+    /// Takes what a file does not get, as ext4 keeps some blocks back until it has written the file out: until there is none for a
+    /// directory.
+    fn take_the_rest(&self) -> Result<()> {
+        nix::unistd::sync();
+        for number in 0.. {
+            match fs::create_dir(self.rest().join(number.to_string())) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::StorageFull => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
-    fn stat(&self) -> Result<Statvfs> {
-        statvfs(&self.root).with_context(|| format!("{}", self.root.display()))
+    fn give_the_rest_back(&self) -> Result<()> {
+        Ok(fs::remove_dir_all(self.rest())?)
+    }
+
+    /// There from the start: on a full disk it could not be made.
+    fn rest(&self) -> PathBuf {
+        self.root.join("rest")
     }
 }
 
