@@ -24,7 +24,10 @@ pub fn side_by_side<T: Send>(
             if number >= count {
                 return Ok(done);
             }
-            done.push((number, work(number)?));
+            // Said at once: what is put away because of it may take long, or hang as well.
+            let result =
+                work(number).inspect_err(|error| eprintln!("number {number}: {error:#}"))?;
+            done.push((number, result));
         }
     };
     let mut done = thread::scope(|scope| {

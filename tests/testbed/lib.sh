@@ -255,15 +255,22 @@ await_ready() {
     done
 }
 
+# A machine that has not written to ctl/alive for so long, in seconds, has stalled; it does every few seconds.
+STALLED=180
+
 # follow STATE JOB DEADLINE: stream the job's output to stdout until it ends; sets JOB_STATUS to
-# its exit code, or to `timeout` or `died`. DEADLINE is in SECONDS' terms.
+# its exit code, or to `timeout`, `died` or `stalled`. DEADLINE is in SECONDS' terms.
 follow() {
-    local state=$1 dir=$1/ctl/jobs/$2 deadline=$3 waiter tailer
+    local state=$1 dir=$1/ctl/jobs/$2 deadline=$3 waiter tailer silent=0
     exec 9<>"$state/jobs.out"
     (
+        heard=$SECONDS last='' beat=''
         until [[ -e $dir/rc ]]; do
             machine_alive "$state" || break
             ((SECONDS < deadline)) || break
+            read -r beat <"$state/ctl/alive" || true
+            [[ $beat == "$last" ]] || heard=$SECONDS last=$beat
+            ((SECONDS - heard < STALLED)) || exit 1
             pause_for 0.05
         done
     ) &
@@ -271,10 +278,12 @@ follow() {
     # With --pid, tail reads to the end once more after the waiter has gone, then leaves.
     tail -c +1 -f -s 0.05 --pid="$waiter" "$dir/out" &
     tailer=$!
-    wait "$waiter" || true
+    wait "$waiter" || silent=1
     wait "$tailer" || true
     if [[ -e $dir/rc ]]; then
         JOB_STATUS=$(<"$dir/rc")
+    elif ((silent)); then
+        JOB_STATUS=stalled
     elif machine_alive "$state"; then
         JOB_STATUS=timeout
     else
