@@ -38,7 +38,8 @@ const INTERVAL: Duration = Duration::from_secs(60);
 /// Before the first comparison, and after one that came to nothing because the VM stood still.
 const SOON: Duration = Duration::from_secs(1);
 
-/// An answer that takes longer tells too little to be the last word.
+/// An answer that takes longer tells too little to be the last word. It also comes where the host is busy, which more questions make
+/// busier: each is put off twice as long as the last.
 const SLOW: Duration = Duration::from_millis(200);
 
 /// An error that is left alone.
@@ -47,16 +48,28 @@ const TOLERANCE: Duration = Duration::from_millis(1);
 /// Compares and corrects for as long as it is polled. Must be called within a tokio runtime.
 pub async fn follow(agent: Agent) {
     let steps = Steps::watch();
+    let mut pauses = Pauses(SOON);
     let mut pause = SOON;
     loop {
         tokio::select! {
             () = sleep(pause) => {}
             () = steps.next() => {}
         }
-        pause = match compare(&agent).await {
-            Some(()) => INTERVAL,
-            None => SOON,
-        };
+        pause = pauses.after(compare(&agent).await);
+    }
+}
+
+/// How long to wait for the next comparison. Holds the time after one that comes to nothing.
+struct Pauses(Duration);
+
+impl Pauses {
+    fn after(&mut self, comparison: Option<()>) -> Duration {
+        if comparison.is_some() {
+            self.0 = SOON;
+            return INTERVAL;
+        }
+        let doubled = (self.0 * 2).min(INTERVAL);
+        std::mem::replace(&mut self.0, doubled)
     }
 }
 
@@ -210,6 +223,16 @@ mod tests {
                 let _ = seen.correction();
             }
         }
+    }
+
+    #[test]
+    fn who_is_slow_to_answer_is_asked_ever_less_often() {
+        let mut pauses = Pauses(SOON);
+        assert_eq!(pauses.after(Some(())), INTERVAL);
+        let slow: Vec<_> = (0..8).map(|_| pauses.after(None).as_secs()).collect();
+        assert_eq!(slow, [1, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!(pauses.after(Some(())), INTERVAL);
+        assert_eq!(pauses.after(None), SOON);
     }
 
     /// Setting the clock is not for a unit test: that it tells is seen end to end.
