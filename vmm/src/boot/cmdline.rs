@@ -11,8 +11,10 @@ use crate::layout::CMDLINE_MAX;
 ///   (mm/percpu.c, `obj_exts`).
 /// * `vm.percpu_pagelist_high_fraction`: without a bound a vCPU's list keeps some 8 MiB of what the boot has freed, which the
 ///   balloon can then not report. A 500th is 1 MiB of the default size.
+/// * `vm.compaction_proactiveness`: compaction waits until somebody wants a large page. Looking for work ahead of that wakes an idle guest
+///   twice a second, and the tick after it (mm/compaction.c, `kcompactd`).
 const BASE: &str = "panic=-1 random.trust_cpu=on tsc=reliable no_timer_check percpu_alloc=page \
-    sysctl.vm.percpu_pagelist_high_fraction=500";
+    sysctl.vm.percpu_pagelist_high_fraction=500 sysctl.vm.compaction_proactiveness=0";
 /// Only emergencies reach the console: every character is an exit.
 const QUIET: &str = "console=ttyS0 quiet loglevel=1";
 /// The whole boot on the console.
