@@ -29,6 +29,9 @@ const DIAL: Duration = Duration::from_secs(15);
 /// Bound of a signal: short, because Kill is what people reach for when a guest does not answer.
 const SIGNAL: Duration = Duration::from_secs(5);
 
+/// Bound of a count: shorter than the 5 s within which a containerd that starts again wants to know that a task has processes.
+const COUNT: Duration = Duration::from_secs(2);
+
 /// How long the news of the VM's end may take to arrive after its connection broke.
 const NEWS: Duration = Duration::from_secs(2);
 
@@ -245,6 +248,17 @@ impl Agent {
         let call = self.client.container_stats(Context::default(), &request);
         self.call("read the container's statistics", Some(ON_THE_SPOT), call)
             .await
+    }
+
+    /// How many processes a container has, those that nobody but itself knows of included.
+    ///
+    /// # Errors
+    /// As [`Self::create_sandbox`].
+    pub async fn count_processes(&self, id: &str) -> Result<usize, TaskError> {
+        let request = container(id);
+        let call = self.client.list_processes(Context::default(), &request);
+        let answer = self.call("count the container's processes", Some(COUNT), call);
+        Ok(answer.await?.processes.len())
     }
 
     /// Runs a further process.

@@ -163,6 +163,24 @@ impl Cri {
         Ok(answer.stats)
     }
 
+    /// ListPodSandboxStats of one pod.
+    ///
+    /// # Errors
+    /// CRI's message.
+    pub fn list_pod_stats(&self, pod: &str) -> Result<Vec<v1::PodSandboxStats>> {
+        let filter = v1::PodSandboxStatsFilter {
+            id: pod.to_owned(),
+            ..Default::default()
+        };
+        let request = v1::ListPodSandboxStatsRequest {
+            filter: Some(filter),
+        };
+        let answer = self.call("ListPodSandboxStats", async |mut c| {
+            c.list_pod_sandbox_stats(request).await
+        })?;
+        Ok(answer.stats)
+    }
+
     /// A pod of the plainest kind.
     ///
     /// # Errors

@@ -223,6 +223,15 @@ impl Container {
         self.agent().await?.stats(&self.id).await
     }
 
+    /// How many processes the guest says that there are; `None` where it does not.
+    pub async fn count_processes(&self) -> Option<usize> {
+        // Without waiting for a guest that is not there yet.
+        match self.sandbox.phase().now() {
+            Phase::Running(agent) => agent.count_processes(&self.id).await.ok(),
+            _ => None,
+        }
+    }
+
     /// ResizePty.
     ///
     /// # Errors

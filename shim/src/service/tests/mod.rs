@@ -167,6 +167,13 @@ async fn a_whole_life_in_order() {
     assert_eq!(w.pids().await, [""]);
     w.start("e").await.unwrap();
     assert_eq!(w.pids().await, ["", "e"]);
+    *w.guest.processes.lock().unwrap() = 4;
+    assert_eq!(
+        w.pids().await,
+        ["", "e", "", ""],
+        "those of the guest count"
+    );
+    *w.guest.processes.lock().unwrap() = 0;
     w.guest.end("c", "e", 5);
     assert_eq!(w.wait("e").await.unwrap(), 5);
     assert_eq!(

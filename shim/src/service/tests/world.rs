@@ -82,6 +82,8 @@ pub struct Guest {
     pub sandbox: Mutex<CreateSandboxRequest>,
     /// The last container's spec.
     pub spec: Mutex<Vec<u8>>,
+    /// Processes of each container.
+    pub processes: Mutex<usize>,
     /// vCPUs that can be brought online.
     pub cpus: Mutex<u32>,
     /// Takes the ports that are forwarded, with their streams' tokens. Without it every port is refused.
@@ -379,7 +381,12 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         _: ContainerRequest,
     ) -> ttrpc::Result<ListProcessesResponse> {
-        Ok(ListProcessesResponse::new())
+        let mut deaf = self.0.deaf.subscribe();
+        deaf.wait_for(|deaf| !deaf).await.unwrap();
+        Ok(ListProcessesResponse {
+            processes: vec![agent::ProcessInfo::new(); *self.0.processes.lock().unwrap()],
+            ..Default::default()
+        })
     }
     async fn next_event(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<Event> {
         match self.0.events.get() {

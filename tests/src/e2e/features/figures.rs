@@ -1,20 +1,16 @@
 //! What a kubelet reads of a pod, and what it may do to a running one.
 
-use std::{
-    fs,
-    io::Write as _,
-    net::TcpStream,
-    path::{Path, PathBuf},
-};
+use std::{fs, io::Write as _, net::TcpStream};
 
 use anyhow::{Context as _, Result, ensure};
 use husk_tests::{
-    cri::{container, security, v1},
+    cri::{PodContainer, container, security, v1},
     host,
     runtime::Runtime,
     wait,
 };
 
+use super::cgroup::PodCgroup;
 use crate::context::Context;
 
 const MIB: u64 = 1 << 20;
@@ -61,37 +57,6 @@ pub fn target(suite: &Context) -> Result<()> {
     Ok(())
 }
 
-/// A pod's cgroup, made as the kubelet makes it. Dropped, it is removed.
-struct PodCgroup(PathBuf);
-
-impl PodCgroup {
-    fn new(name: &str) -> Result<Self> {
-        let root = Path::new("/sys/fs/cgroup");
-        let parent = root.join("kubepods");
-        fs::create_dir_all(parent.join(name))?;
-        for dir in [root, &parent, &parent.join(name)] {
-            // The machine may have done so for its root.
-            let all = "+cpu +cpuset +memory +pids +io";
-            let _ = fs::write(dir.join("cgroup.subtree_control"), all);
-        }
-        Ok(Self(parent.join(name)))
-    }
-
-    fn number(&self, file: &str) -> Result<u64> {
-        let text = fs::read_to_string(self.0.join(file))?;
-        text.trim()
-            .parse()
-            .with_context(|| format!("{file}: {text}"))
-    }
-}
-
-impl Drop for PodCgroup {
-    fn drop(&mut self) {
-        // A test that leaves something behind is caught by the leak checks.
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
 /// Holds 24 MiB, and uses the CPU.
 const BUSY: &str = "x=$(head -c 8388608 /dev/zero | tr '\\0' a); while :; do :; done";
 
@@ -100,7 +65,7 @@ pub fn stats(suite: &Context) -> Result<()> {
     let mut config = cri.pod_config();
     let name = config.hostname.clone();
     let cgroup = PodCgroup::new(&name)?;
-    fs::write(cgroup.0.join("memory.max"), (768 * MIB).to_string())?;
+    cgroup.set("memory.max", 768 * MIB)?;
     config.linux.get_or_insert_default().cgroup_parent = format!("/kubepods/{name}");
     let pod = cri.run_pod(config)?;
     let busy = pod.start(container(&["sh", "-c", BUSY]))?;
@@ -160,6 +125,39 @@ pub fn stats(suite: &Context) -> Result<()> {
     ensure!(
         network(&last).1 > network(&first).1 && cpu(&last.cpu) > cpu(&first.cpu),
         "{last:?}"
+    );
+
+    // As the kubelet asks for it. What the containers see of themselves is within.
+    let inside = |c: &PodContainer<'_>, script: &str| -> Result<u64> {
+        let out = c.sh(script)?.ok()?;
+        out.trim().parse().with_context(|| out.clone())
+    };
+    let cpu_inside = "awk '/^usage_usec/ { print $2 }' /sys/fs/cgroup/cpu.stat";
+    let used_cpu = 1000 * (inside(&busy, cpu_inside)? + inside(&server, cpu_inside)?);
+    let received = inside(&server, "cat /sys/class/net/eth0/statistics/rx_bytes")?;
+    let listed = wait::until("sh, sh and nc to be counted", || {
+        let listed = cri.list_pod_stats(&pod.id).ok()?.pop()?.linux?;
+        let count = value(listed.process.as_ref()?.process_count);
+        (count == 3).then_some(listed)
+    })?;
+    let of_containers = |figure: &dyn Fn(&v1::ContainerStats) -> u64| -> u64 {
+        listed.containers.iter().map(figure).sum()
+    };
+    ensure!(listed.containers.len() == 2, "{listed:?}");
+    // Not to the last tick: two kernels count the time of a VM, at two moments.
+    ensure!(
+        cpu(&listed.cpu) * 2 > used_cpu && of_containers(&|c| cpu(&c.cpu)) >= used_cpu,
+        "{used_cpu} and {listed:?}"
+    );
+    ensure!(
+        memory(&listed.memory) >= of_containers(&|c| memory(&c.memory)),
+        "{listed:?}"
+    );
+    let (seen, _, _) = network(&listed);
+    // Interface and VM each count a few frames that the other does not: those of its start.
+    ensure!(
+        seen.abs_diff(received) < 30_000 && received >= 300_000,
+        "{received} and {listed:?}"
     );
 
     // The pod's cgroup holds what runs it, under its limit.

@@ -1,5 +1,6 @@
 //! What else a kubelet asks for a pod, as CRI says it.
 
+mod cgroup;
 mod figures;
 mod volumes;
 
