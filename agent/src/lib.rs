@@ -17,6 +17,7 @@ pub mod error;
 pub mod events;
 mod execs;
 pub mod forward;
+mod huge_pages;
 pub mod launch;
 pub mod log;
 pub mod loopback;

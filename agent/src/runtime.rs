@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use crate::container::{Container, Io, LaunchError, StartGate};
+use crate::huge_pages;
 
 /// Makes containers.
 pub trait Runtime: Send + Sync + 'static {
@@ -107,6 +108,7 @@ impl Runtime for Guest {
         joined: Option<&Container>,
     ) -> Result<(Container, Launched<Container>), LaunchError> {
         let (container, launched) = Container::create(id, spec_json, io, joined).await?;
+        huge_pages::give_to(container.cgroup().path());
         Ok((container, launched.into()))
     }
 }

@@ -54,6 +54,9 @@ pub const JOINED_NAMESPACE: &str = "joined";
 /// threshold of ntpd(8).
 pub const CLOCK_STEP_NS: u64 = 128_000_000;
 
+/// Bytes of the huge pages that a guest has. Those of 1 GiB would take a VM with that much free memory in one piece.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
 /// Paths inside the guest that host and agent agree on.
 pub mod guest_path {
     /// Mount point of the pod's virtio-fs share.

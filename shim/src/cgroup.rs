@@ -11,6 +11,8 @@ use std::{
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 use tracing::debug;
 
+use crate::spec::HUGE_PAGE_SIZE;
+
 /// Extended attribute of a cgroup that husk made above a pod's own.
 const MARK: &str = "user.husk.made";
 
@@ -84,11 +86,21 @@ impl PodCgroup {
         self.memory_limit_below(Path::new(ROOT))
     }
 
+    /// Bytes of huge pages of a guest's size that they may use: the kubelet writes there what all of a pod's containers may. `None`: no
+    /// limit.
+    pub fn huge_pages_limit(&self) -> Option<u64> {
+        self.limit_below(Path::new(ROOT), &format!("hugetlb.{HUGE_PAGE_SIZE}.max"))
+    }
+
     fn memory_limit_below(&self, root: &Path) -> Option<u64> {
+        self.limit_below(root, "memory.max")
+    }
+
+    fn limit_below(&self, root: &Path, file: &str) -> Option<u64> {
         let limits = self.0.ancestors().take_while(|path| *path != root);
         limits
             .filter_map(|path| {
-                let text = fs::read_to_string(path.join("memory.max")).ok()?;
+                let text = fs::read_to_string(path.join(file)).ok()?;
                 // "max" is no number.
                 text.trim().parse().ok()
             })
@@ -196,6 +208,12 @@ mod tests {
         assert_eq!(limit("kubepods/pod", "134217728\n"), Some(128 << 20));
         // Nobody's above the hierarchy.
         assert_eq!(limit(".", "4096\n"), Some(128 << 20));
+        // Those on huge pages, which the kubelet writes for the pod.
+        let huge = "hugetlb.2MB.max";
+        fs::write(cgroup.path().join(huge), "max\n").unwrap();
+        assert_eq!(cgroup.limit_below(root.path(), huge), None);
+        fs::write(root.path().join("kubepods/pod").join(huge), "0\n").unwrap();
+        assert_eq!(cgroup.limit_below(root.path(), huge), Some(0));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     pod::PodSpec,
-    sizing::{GUEST_OVERHEAD_MIB, Hints, Size},
+    sizing::{self, GUEST_OVERHEAD_MIB, Hints, Size},
     spec::BundleSpec,
 };
 
@@ -64,8 +64,9 @@ impl Demands {
         self.0.remove(id);
     }
 
-    /// What the VM must have for all of them, unbounded but for the types; nothing (0) for nobody.
-    pub fn need(&self, default: Size) -> Size {
+    /// What the VM must have for all of them, unbounded but for the types; nothing (0) for nobody. `huge_pages`: bytes of them that the pod
+    /// may use, where that is known; else it is what its containers may.
+    pub fn need(&self, default: Size, huge_pages: Option<u64>) -> Size {
         let pod = self.0.values().find(|d| d.is_pods).map(|d| d.hints);
         let containers: Vec<Hints> = self
             .0
@@ -75,7 +76,8 @@ impl Demands {
             .collect();
         Size {
             vcpus: vcpus(pod, &containers, default.vcpus),
-            memory_mib: memory_mib(pod, &containers, default.memory_mib),
+            memory_mib: memory_mib(pod, &containers, default.memory_mib)
+                .saturating_add(huge_pages_mib(&containers, huge_pages)),
         }
     }
 }
@@ -101,6 +103,15 @@ fn memory_mib(pod: Option<Hints>, containers: &[Hints], default: u64) -> u64 {
         None => 0,
     };
     together.max(pod_limit.unwrap_or(0))
+}
+
+fn huge_pages_mib(containers: &[Hints], of_pod: Option<u64>) -> u64 {
+    let claims = containers.iter().map(Hints::huge_pages_mib);
+    match of_pod {
+        Some(_) if containers.is_empty() => 0,
+        Some(bytes) => sizing::huge_pages_mib(bytes),
+        None => claims.fold(0, u64::saturating_add),
+    }
 }
 
 fn vcpus(pod: Option<Hints>, containers: &[Hints], default: u8) -> u8 {
@@ -150,7 +161,7 @@ mod tests {
         for (id, demand) in demands.iter().enumerate() {
             all.set(&id.to_string(), *demand);
         }
-        all.need(DEFAULT)
+        all.need(DEFAULT, None)
     }
 
     fn size(vcpus: u8, memory_mib: u64) -> Size {
@@ -213,6 +224,32 @@ mod tests {
         assert_eq!(need(&[with_set, container(64, 100_000)]).vcpus, 3);
     }
 
+    #[test]
+    fn huge_pages_come_on_top() {
+        let with_huge = |mib: u64| {
+            let mut container = container(256, 100_000);
+            container.hints.huge_pages = mib << 20;
+            container
+        };
+        let need = |huge_pages, demands: &[Demand]| {
+            let mut all = Demands::default();
+            for (id, demand) in demands.iter().enumerate() {
+                all.set(&id.to_string(), *demand);
+            }
+            all.need(DEFAULT, huge_pages).memory_mib
+        };
+        let one = 256 + 8 + 64;
+        assert_eq!(need(None, &[with_huge(64)]), one + 66);
+        assert_eq!(
+            need(None, &[with_huge(64), with_huge(32)]),
+            one + 264 + 66 + 33
+        );
+        // The pod's count where they are known: containerd may have dropped the containers'.
+        assert_eq!(need(Some(64 << 20), &[with_huge(0)]), one + 66);
+        assert_eq!(need(Some(0), &[with_huge(64)]), one);
+        assert_eq!(need(Some(64 << 20), &[]), 0);
+    }
+
     fn any_demand() -> impl Strategy<Value = Demand> {
         (
             any::<i64>(),
@@ -220,16 +257,26 @@ mod tests {
             any::<u64>(),
             any::<u64>(),
             any::<u32>(),
+            any::<u64>(),
             any::<bool>(),
         )
             .prop_map(
-                |(memory_limit, cpu_quota, cpu_period, cpu_shares, cpuset_cpus, is_pods)| Demand {
+                |(
+                    memory_limit,
+                    cpu_quota,
+                    cpu_period,
+                    cpu_shares,
+                    cpuset_cpus,
+                    huge_pages,
+                    is_pods,
+                )| Demand {
                     hints: Hints {
                         memory_limit,
                         cpu_quota,
                         cpu_period,
                         cpu_shares,
                         cpuset_cpus,
+                        huge_pages,
                     },
                     is_pods,
                 },

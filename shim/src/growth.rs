@@ -41,6 +41,8 @@ struct Bounds {
     max: Size,
     /// What bounds its memory on the host.
     cgroup: Option<PodCgroup>,
+    /// Bytes of huge pages that the pod may use, where its cgroup says so.
+    huge_pages: Option<u64>,
 }
 
 impl Bounds {
@@ -100,6 +102,7 @@ impl Growth {
         let _ = self.bounds.set(Bounds {
             start: size,
             max,
+            huge_pages: cgroup.as_ref().and_then(PodCgroup::huge_pages_limit),
             cgroup,
         });
     }
@@ -112,6 +115,11 @@ impl Growth {
     /// What the VM has; before it is planned, what it is taken for.
     pub fn has(&self) -> Size {
         *self.has.borrow()
+    }
+
+    /// Bytes of huge pages that the pod may use, where its cgroup on the host says so.
+    pub fn huge_pages(&self) -> Option<u64> {
+        self.bounds.get()?.huge_pages
     }
 
     fn demands(&self) -> MutexGuard<'_, Demands> {
@@ -164,7 +172,7 @@ impl Growth {
             .bounds
             .get()
             .map_or((has, has), |bounds| (bounds.start, bounds.max()));
-        let needs = demands.need(self.default.at_most(start));
+        let needs = demands.need(self.default.at_most(start), self.huge_pages());
         let size = needs.at_most(max).at_least(has);
         if size == has {
             return (needs, None);

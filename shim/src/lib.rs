@@ -23,6 +23,7 @@ pub mod etc;
 pub mod events;
 pub mod group;
 pub mod growth;
+pub mod huge_pages;
 pub mod idmap;
 pub mod info;
 pub mod input;

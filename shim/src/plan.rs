@@ -51,7 +51,10 @@ pub fn place_and_size(
         record(cgroup.as_ref().filter(|_| is_own));
     }
     let limit = cgroup.as_ref().and_then(PodCgroup::memory_limit);
-    Ok((plan_for(spec, config, id, limit)?, cgroup))
+    let huge_pages = cgroup.as_ref().and_then(PodCgroup::huge_pages_limit);
+    let mut spec = spec.clone();
+    spec.hints.huge_pages = huge_pages.unwrap_or(spec.hints.huge_pages);
+    Ok((plan_for(&spec, config, id, limit)?, cgroup))
 }
 
 /// Of a pod that says nothing.

@@ -165,6 +165,8 @@ fn hints(resources: &LinuxContainerResources) -> Hints {
         cpu_period: natural(resources.cpu_period),
         cpu_shares: natural(resources.cpu_shares),
         cpuset_cpus: sizing::count_cpus(&resources.cpuset_cpus),
+        // containerd's client knows the pod's by its cgroup, as every other.
+        huge_pages: 0,
     }
 }
 

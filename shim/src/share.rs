@@ -32,6 +32,7 @@ use tracing::warn;
 
 use crate::{
     cleanup,
+    huge_pages::{self, HugeVolume},
     mount::{self, MountError, MountRequest},
     spec::{BundleSpec, GuestPaths},
 };
@@ -68,16 +69,19 @@ pub enum ShareError {
         /// Why not.
         reason: io::Error,
     },
-    /// A hugetlbfs.
+    /// A hugetlbfs of another page size than the guest has.
     #[error(
-        "mount {destination}: a volume of huge pages (medium HugePages, {path}) is not possible for a container in a VM yet: its pages are \
-         the host's, and the guest cannot map them; use another medium, or another runtime class"
+        "mount {destination}: the volume of huge pages {path} has pages of {page_mib} MiB, and a container in a VM can only have those of \
+         {} MiB: use medium HugePages-2Mi and a limit hugepages-2Mi, or another runtime class",
+        husk_protocol::HUGE_PAGE_BYTES >> 20
     )]
     HugePages {
         /// The source.
         path: PathBuf,
         /// Its place in the container.
         destination: String,
+        /// MiB of a page.
+        page_mib: u64,
     },
     /// A mount was refused.
     #[error(transparent)]
@@ -194,16 +198,24 @@ impl Share {
         }
         for bound in binds {
             let target = dir.join("mounts").join(bound.index.to_string());
-            let kind = fs::metadata(&bound.source).map_err(|reason| ShareError::Source {
+            let unseen = |reason| ShareError::Source {
                 path: bound.source.clone(),
                 destination: spec.mount_destination(bound.index),
                 reason,
-            })?;
-            if has_huge_pages(&bound.source) {
-                return Err(ShareError::HugePages {
-                    path: bound.source.clone(),
-                    destination: spec.mount_destination(bound.index),
-                });
+            };
+            let kind = fs::metadata(&bound.source).map_err(unseen)?;
+            if let Some(bytes) = huge_pages::page_size(&bound.source) {
+                if !huge_pages::are_possible(bytes) {
+                    return Err(ShareError::HugePages {
+                        path: bound.source.clone(),
+                        destination: spec.mount_destination(bound.index),
+                        page_mib: bytes >> 20,
+                    });
+                }
+                let volume = HugeVolume::of(&bound.source, &bound.owners).map_err(unseen)?;
+                paths.mounts.insert(bound.index, volume.guest_path());
+                paths.huge_volumes.push(volume);
+                continue;
             }
             if kind.is_dir() {
                 make_dir(&target)?;
@@ -250,14 +262,6 @@ impl Share {
             Err(ShareError::Id(id.to_owned()))
         }
     }
-}
-
-/// `HUGETLBFS_MAGIC` of linux/magic.h.
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
-
-fn has_huge_pages(source: &Path) -> bool {
-    let stat = rustix::fs::statfs(source);
-    stat.is_ok_and(|stat| u64::try_from(stat.f_type) == Ok(HUGETLBFS_MAGIC))
 }
 
 fn bind(source: &Path, recursive: bool, options: &[&str]) -> MountRequest {

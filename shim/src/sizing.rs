@@ -78,6 +78,8 @@ pub struct Hints {
     pub cpu_shares: u64,
     /// CPUs that the containers may run on.
     pub cpuset_cpus: u32,
+    /// Bytes of huge pages, which no memory limit counts.
+    pub huge_pages: u64,
 }
 
 /// Annotation prefix of containerd's CRI plugin.
@@ -98,6 +100,7 @@ impl Hints {
             cpu_period: u64::try_from(number("cpu-period")).unwrap_or(0),
             cpu_shares: u64::try_from(number("cpu-shares")).unwrap_or(0),
             cpuset_cpus: 0,
+            huge_pages: 0,
         })
     }
 
@@ -110,6 +113,11 @@ impl Hints {
                 .saturating_add(limit / OVERHEAD_DIVISOR)
                 .saturating_add(GUEST_OVERHEAD_MIB),
         )
+    }
+
+    /// MiB that a VM needs for the huge pages, on top of all else.
+    pub fn huge_pages_mib(&self) -> u64 {
+        huge_pages_mib(self.huge_pages)
     }
 
     /// Thousandths of a CPU that the quota allows, on the CPUs that the cpuset allows; 0 without a quota.
@@ -146,6 +154,12 @@ impl Hints {
     }
 }
 
+/// MiB of a VM for so many bytes of huge pages.
+pub fn huge_pages_mib(bytes: u64) -> u64 {
+    let mib = bytes.div_ceil(MIB);
+    mib + mib / OVERHEAD_DIVISOR
+}
+
 /// The VM's size for these hints.
 pub fn size(hints: &Hints, bounds: &Bounds) -> Size {
     let max_vcpus = bounds.max.vcpus.clamp(1, MAX_VCPUS);
@@ -156,6 +170,7 @@ pub fn size(hints: &Hints, bounds: &Bounds) -> Size {
     let memory_mib = hints
         .memory_mib()
         .unwrap_or(bounds.default.memory_mib)
+        .saturating_add(hints.huge_pages_mib())
         .clamp(MIN_MEMORY_MIB, max_memory);
     Size {
         vcpus: u8::try_from(vcpus).unwrap_or(max_vcpus),
@@ -328,10 +343,10 @@ mod tests {
     proptest! {
         #[test]
         fn every_size_can_be_built_and_fits_its_limit(
-            memory_limit: i64, cpu_quota: i64, cpu_period: u64, cpu_shares: u64, cpuset_cpus: u32,
+            memory_limit: i64, cpu_quota: i64, cpu_period: u64, cpu_shares: u64, cpuset_cpus: u32, huge_pages: u64,
             default_vcpus in 1u8..40, default_memory in 64u64..4096, max_vcpus: u8, max_memory in 0u64..1_000_000,
         ) {
-            let hints = Hints { memory_limit, cpu_quota, cpu_period, cpu_shares, cpuset_cpus };
+            let hints = Hints { memory_limit, cpu_quota, cpu_period, cpu_shares, cpuset_cpus, huge_pages };
             let bounds = Bounds {
                 default: Size { vcpus: default_vcpus, memory_mib: default_memory },
                 max: Size { vcpus: max_vcpus, memory_mib: max_memory },
@@ -341,7 +356,7 @@ mod tests {
             prop_assert!(size.vcpus <= max_vcpus.max(1));
             prop_assert!(size.memory_mib >= MIN_MEMORY_MIB);
             prop_assert!(size.memory_mib <= max_memory.max(MIN_MEMORY_MIB));
-            if memory_limit <= 0 && max_memory >= default_memory {
+            if memory_limit <= 0 && max_memory >= default_memory && huge_pages == 0 {
                 prop_assert_eq!(size.memory_mib, default_memory, "no limit is the default");
             }
             if memory_limit > 0 && size.memory_mib < max_memory {

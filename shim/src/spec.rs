@@ -17,7 +17,7 @@ use std::{
 
 pub use mounts::{BindMount, KeptVolume, Owners};
 pub use pod::{DEFAULT_SHM_SIZE, Neighbours, NotInVm};
-pub use resources::Resources;
+pub use resources::{HUGE_PAGE_SIZE, Resources};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
@@ -25,6 +25,7 @@ use tracing::{info, warn};
 use self::{mounts::Mount, pod::PodShm};
 use crate::{
     group::Role,
+    huge_pages::HugeVolume,
     sizing::{self, Hints},
     volume,
 };
@@ -138,6 +139,8 @@ pub struct GuestPaths {
     pub rootfs: String,
     /// By index in the spec's mount list: the path in the guest that replaces the source.
     pub mounts: HashMap<usize, String>,
+    /// Volumes that the guest has to make before, since some of these paths are theirs.
+    pub huge_volumes: Vec<HugeVolume>,
 }
 
 /// A spec as the agent gets it.
@@ -338,6 +341,19 @@ pub fn update_resources(json: &[u8], vcpus: u8) -> Result<Value, serde_json::Err
     let mut resources: Value = serde_json::from_slice(json)?;
     renumber_cpus(&mut resources, vcpus);
     Ok(resources)
+}
+
+/// Limits a container of a pod that as a whole may use so many bytes of huge pages. containerd drops a container's own limits unless it is
+/// told otherwise (`disable_hugetlb_controller`), but the kubelet has written the pod's into its cgroup.
+pub fn limit_huge_pages(spec: &mut Value, bytes: u64) {
+    let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) else {
+        return;
+    };
+    let resources = linux.entry("resources").or_insert_with(|| json!({}));
+    if let Some(resources) = resources.as_object_mut() {
+        let limit = json!([{"pageSize": HUGE_PAGE_SIZE, "limit": bytes}]);
+        resources.entry("hugepageLimits").or_insert(limit);
+    }
 }
 
 /// Host programs cannot run in the guest; `startContainer` hooks are the container's own and do.

@@ -133,7 +133,7 @@ fn take_place(at: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
 }
 
 /// Owner first: a change of it may take mode bits away.
-fn set(fd: impl AsFd, attributes: Attributes) -> Result<(), Errno> {
+pub(super) fn set(fd: impl AsFd, attributes: Attributes) -> Result<(), Errno> {
     let Attributes { mode, uid, gid } = attributes;
     let now = fstat(&fd)?;
     let is_owned = (now.st_uid, now.st_gid) == (uid, gid);

@@ -92,6 +92,8 @@ pub(super) struct Attributes {
 pub struct Plan {
     pub(super) id: String,
     pub(super) entries: BTreeMap<EntryPath, Kind>,
+    /// It is one of huge pages: its own directory is the only entry.
+    pub(super) has_huge_pages: bool,
 }
 
 impl Plan {
@@ -128,7 +130,16 @@ impl Plan {
         if bytes > MAX_BYTES {
             return Err(invalid(format!("it has more than {MAX_BYTES} bytes")));
         }
-        Ok(Self { id, entries })
+        if request.huge_pages && entries.len() != 1 {
+            return Err(invalid(
+                "one of huge pages has its root and nothing else".into(),
+            ));
+        }
+        Ok(Self {
+            id,
+            entries,
+            has_huge_pages: request.huge_pages,
+        })
     }
 }
 
@@ -189,6 +200,18 @@ pub(super) mod tests {
             entries: entries.iter().map(entry).collect(),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn a_volume_of_huge_pages_has_a_root_and_nothing_else() {
+        let huge = |entries| {
+            let mut request = request(entries);
+            request.huge_pages = true;
+            Plan::new(request)
+        };
+        assert!(huge(&[("", None)]).unwrap().has_huge_pages);
+        assert!(huge(&[]).is_err());
+        assert!(huge(&[("", None), ("a", None)]).is_err());
     }
 
     #[test]

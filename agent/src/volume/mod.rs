@@ -4,8 +4,11 @@
 //! host sends such a volume whole, and the agent brings its directory there as the kubelet's AtomicWriter would have, step by
 //! step: who watches it in a container sees the events of a plain host, and who reads it sees the old state or the new one.
 //! [`list`] checks a request once, into types; [`apply`] does the work.
+//!
+//! A volume of [`huge_pages`] is here as well, since it is one of the pod's that its containers bind: but the host only says where.
 
 mod apply;
+mod huge_pages;
 mod list;
 
 use std::ffi::OsStr;
@@ -45,7 +48,9 @@ impl Volumes {
             .and_then(|()| Ok(apply::open_directory(CWD, self.base.as_os_str())?));
         let base =
             base.map_err(|e| AgentError::guest(format!("opening {}", self.base.display()), e))?;
-        if plan.entries.is_empty() {
+        if plan.has_huge_pages {
+            huge_pages::make(&base, &self.base, plan)
+        } else if plan.entries.is_empty() {
             apply::remove(&base, OsStr::new(&plan.id))
                 .map_err(|e| AgentError::guest(format!("removing volume {:?}", plan.id), e))
         } else {

@@ -30,7 +30,7 @@ use crate::{
     pod::{Keeper, PodSource, PodSpec},
     sandbox::Sandbox,
     share::Share,
-    spec::{BundleSpec, GuestPaths, GuestSpec, Neighbours},
+    spec::{self, BundleSpec, GuestPaths, GuestSpec, Neighbours},
     stdio::StdioPaths,
     timing::Point,
     vm::Driver,
@@ -296,9 +296,15 @@ impl Tasks {
             let kept = spec.kept_volumes();
             let mirrored = self.volumes.attach(&request.id, kept).await;
             paths.mounts.extend(mirrored);
-            let GuestSpec { spec, joins } = spec
+            for volume in &paths.huge_volumes {
+                agent.sync_volume(&volume.request()).await?;
+            }
+            let GuestSpec { mut spec, joins } = spec
                 .for_guest(&paths, self.sandbox.vcpus(), &neighbours)
                 .map_err(|e| TaskError::failed_precondition(e.to_string()))?;
+            if let Some(bytes) = self.sandbox.growth().huge_pages() {
+                spec::limit_huge_pages(&mut spec, bytes);
+            }
             let spec_json = serde_json::to_vec(&spec)
                 .map_err(|e| TaskError::failed(format!("cannot write the guest's spec: {e}")))?;
             Container::create(parts, &agent, spec_json, joins).await

@@ -22,6 +22,8 @@ pub struct BindMount {
     pub private: bool,
     /// Mount options (`uidmap=`, `gidmap=`) that show the files as others'; none where they keep their owners.
     pub id_maps: Vec<String>,
+    /// The same, for what is no mount of this host.
+    pub owners: Owners,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -122,6 +124,7 @@ impl BundleSpec {
                 // A later mount would come writable.
                 private: read_only || private == Some(true),
                 id_maps: mount.id_maps(),
+                owners: mount.owners(),
             });
         }
         binds
@@ -201,11 +204,11 @@ impl Mount {
     }
 }
 
-/// Trees that every kernel makes for itself. A host's device node, process or cgroup has no meaning in the guest.
+/// Trees that every kernel makes for itself. A host's device node, process or cgroup has no meaning in the guest. Its huge pages have none
+/// either, but where systemd mounts them, only hosts have something.
 fn is_kernel_tree(source: &Path) -> bool {
-    ["/dev", "/proc", "/sys"]
-        .iter()
-        .any(|tree| source.starts_with(tree))
+    let is_below = |tree: &&str| source.starts_with(tree);
+    ["/dev", "/proc", "/sys"].iter().any(is_below) && !is_below(&"/dev/hugepages")
 }
 
 #[cfg(test)]

@@ -4,12 +4,23 @@ use serde::Deserialize;
 
 use crate::sizing::{self, Hints};
 
+/// The huge pages that a guest has, as a spec and a cgroup's files name them.
+pub const HUGE_PAGE_SIZE: &str = "2MB";
+
 /// Of an OCI `LinuxResources`: a spec's, or an Update's. What is absent is not changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
+#[serde(default, rename_all = "camelCase")]
 pub struct Resources {
     memory: Option<Memory>,
     cpu: Option<Cpu>,
+    hugepage_limits: Option<Vec<HugePages>>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct HugePages {
+    page_size: String,
+    limit: i64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -40,6 +51,8 @@ impl Resources {
     pub fn applied_to(&self, hints: Hints) -> Hints {
         let memory = self.memory.clone().unwrap_or_default();
         let cpu = self.cpu.clone().unwrap_or_default();
+        let mut limits = self.hugepage_limits.iter().flatten();
+        let huge_pages = limits.find(|huge| huge.page_size == HUGE_PAGE_SIZE);
         let cpus = cpu.cpus.filter(|list| !list.trim().is_empty());
         Hints {
             memory_limit: set(memory.limit).unwrap_or(hints.memory_limit),
@@ -47,6 +60,10 @@ impl Resources {
             cpu_period: set(cpu.period).unwrap_or(hints.cpu_period),
             cpu_shares: set(cpu.shares).unwrap_or(hints.cpu_shares),
             cpuset_cpus: cpus.map_or(hints.cpuset_cpus, |list| sizing::count_cpus(&list)),
+            huge_pages: huge_pages.map_or(hints.huge_pages, |huge| {
+                // No limit is no claim.
+                u64::try_from(huge.limit).unwrap_or(0)
+            }),
         }
     }
 }
@@ -67,6 +84,7 @@ mod tests {
             cpu_period: 100_000,
             cpu_shares: 512,
             cpuset_cpus: 2,
+            huge_pages: 0,
         };
         let after = |json: &str| {
             Resources::of_update(json.as_bytes())
@@ -91,6 +109,15 @@ mod tests {
                 cpu_quota: -1,
                 cpu_shares: 2048,
                 cpuset_cpus: 4,
+                ..before
+            }
+        );
+        assert_eq!(
+            after(
+                r#"{"hugepageLimits": [{"pageSize": "1GB", "limit": 1}, {"pageSize": "2MB", "limit": 4194304}]}"#
+            ),
+            Hints {
+                huge_pages: 4 << 20,
                 ..before
             }
         );

@@ -10,6 +10,7 @@ fn rewritten(json: Value) -> Value {
     let paths = GuestPaths {
         rootfs: "/run/husk/share/c/rootfs".into(),
         mounts: HashMap::from([(1, "/run/husk/share/c/mounts/1".into())]),
+        huge_volumes: Vec::new(),
     };
     spec(json)
         .for_guest(&paths, 2, &Neighbours::default())
@@ -187,6 +188,24 @@ fn hints_come_from_the_pod_or_else_the_container() {
             ..Hints::default()
         }
     );
+}
+
+#[test]
+fn the_pods_limit_on_huge_pages_stands_in_for_a_containers() {
+    let limited = |mut spec: Value| {
+        limit_huge_pages(&mut spec, 4 << 20);
+        spec.pointer("/linux/resources/hugepageLimits").cloned()
+    };
+    let of_pod = json!([{"pageSize": "2MB", "limit": 4 << 20}]);
+    assert_eq!(limited(json!({"linux": {}})), Some(of_pod.clone()));
+    assert_eq!(
+        limited(json!({"linux": {"resources": {"cpu": {}}}})),
+        Some(of_pod)
+    );
+    let own = json!([{"pageSize": "2MB", "limit": 2 << 20}]);
+    let with_own = json!({"linux": {"resources": {"hugepageLimits": own}}});
+    assert_eq!(limited(with_own), Some(own));
+    assert_eq!(limited(json!({})), None);
 }
 
 /// A pod's specs as containerd's CRI writes them (1.7 and 2.1 agree on what is in here), with a tmpfs at `shm`.

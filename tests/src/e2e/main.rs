@@ -44,6 +44,7 @@ mod terminal;
 mod vm;
 mod vmm;
 mod volumes;
+mod workload;
 
 use context::Context as Suite;
 
@@ -139,10 +140,15 @@ const SUITES: &[(&str, bool, &[Test])] = &[
 fn main() -> ExitCode {
     let words: Vec<String> = env::args().skip(1).collect();
     // Runs inside a container.
-    if let [workload, dir] = words.as_slice()
-        && workload == "watch-workload"
-    {
-        return told(volumes::watch_workload(Path::new(dir)).map(|()| ExitCode::SUCCESS));
+    if let [name, dir] = words.as_slice() {
+        let workload = match name.as_str() {
+            "watch-workload" => Some(volumes::watch_workload as fn(&Path) -> Result<()>),
+            "map-workload" => Some(features::map_workload as fn(&Path) -> Result<()>),
+            _ => None,
+        };
+        if let Some(workload) = workload {
+            return told(workload(Path::new(dir)).map(|()| ExitCode::SUCCESS));
+        }
     }
     let mut arguments = Arguments::from_args();
     // Three VMs at a time keep two cores busy.

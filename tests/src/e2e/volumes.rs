@@ -1,7 +1,6 @@
 //! Volumes that the kubelet keeps up to date: who watches one in a container is told of each swap, in the steps of a plain host.
 //!
-//! busybox has no inotifyd in the image, so the watcher is this binary again, run in the container by the loader and the
-//! libraries of the Debian tree.
+//! busybox has no inotifyd in the image, so the watcher is a workload of this binary.
 
 use std::{
     fs, io,
@@ -16,17 +15,18 @@ use husk_tests::{
 };
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-use crate::{Test, context::Context, test};
+use crate::{
+    Test,
+    context::Context,
+    test,
+    workload::{self, Workload},
+};
 
 pub const TESTS: &[Test] = &[test(
     "a_swap_of_the_kubelet_is_seen_by_who_watches",
     swap_is_seen,
 )];
 
-/// Where the Debian tree is in the container.
-const DEBIAN: &str = "/debian";
-/// Where its libraries are, its loader among them.
-const LIBRARIES: &str = "/debian/usr/lib/x86_64-linux-gnu";
 /// The group of the volume's files, as a pod's fsGroup gives them one.
 const GROUP: u32 = 2000;
 
@@ -73,38 +73,18 @@ impl Volume {
 
 fn swap_is_seen(suite: &Context) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let bin = dir.path().join("bin");
-    fs::create_dir(&bin)?;
-    // Not through the testbed's 9p: the program itself should come from a plain file system.
-    fs::copy(suite.bin.join("husk-e2e"), bin.join("husk-e2e"))?;
+    let workload = Workload::new(suite, dir.path())?;
     let volume = Volume::new(dir.path())?;
     volume.write("..v1", &["key", "old"])?;
 
     let pod = suite.cri()?.pod()?;
-    let mount = |host: &Path, inside: &str| v1::Mount {
-        host_path: host.to_string_lossy().into_owned(),
-        container_path: inside.into(),
-        readonly: true,
-        ..Default::default()
-    };
-    let start = |command: &[&str]| {
-        let mut config = container(command);
-        config.mounts = vec![
-            mount(&volume.0, "/etc/config"),
-            mount(&bin, "/work"),
-            mount(Path::new("/srv/debian-rootfs"), DEBIAN),
-        ];
+    let start = |mut config: v1::ContainerConfig| {
+        config
+            .mounts
+            .push(workload::mount(&volume.0, "/etc/config"));
         pod.start(config)
     };
-    let loader = format!("{LIBRARIES}/ld-linux-x86-64.so.2");
-    let watcher = start(&[
-        &loader,
-        "--library-path",
-        LIBRARIES,
-        "/work/husk-e2e",
-        "watch-workload",
-        "/etc/config",
-    ])?;
+    let watcher = start(workload.container(&["watch-workload", "/etc/config"]))?;
     wait::until("the watcher to watch", || {
         (watcher.logged("stdout") == "ready").then_some(())
     })?;
@@ -144,7 +124,7 @@ fn swap_is_seen(suite: &Context) -> Result<()> {
     ensure!(steps.lines().count() == order.len(), "{steps}");
 
     // One that comes later shares the volume, and both go on when one of them has gone.
-    let other = start(&["sleep", "1000000"])?;
+    let other = start(container(&["sleep", "1000000"]))?;
     ensure!(other.exec(&["cat", "/etc/config/extra"])?.ok()? == "..v2");
     ensure!(other.sh("echo x > /etc/config/mine")?.code != 0);
     watcher.remove()?;

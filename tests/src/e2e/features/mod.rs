@@ -2,13 +2,16 @@
 
 mod cgroup;
 mod figures;
+mod huge_pages;
 mod volumes;
 
-use crate::{Test, husk_test, test};
+pub use huge_pages::map_workload;
+
+use crate::{Test, test};
 
 pub const TESTS: &[Test] = &[
     test("volumes_of_a_user_and_their_parts", volumes::of_a_user),
-    husk_test("a_volume_of_huge_pages_is_refused", volumes::huge_pages),
+    test("a_volume_of_huge_pages", huge_pages::volume),
     test("processes_of_a_targeted_container", figures::target),
     test("figures_of_a_pod_and_its_containers", figures::stats),
 ];

@@ -20,10 +20,10 @@ use crate::context::Context;
 const GROUP: u32 = 2000;
 
 /// A mount of the host; dropped, it is taken down.
-struct Mounted(PathBuf);
+pub struct Mounted(PathBuf);
 
 impl Mounted {
-    fn new(kind: Option<&str>, source: &Path, at: PathBuf, data: Option<&str>) -> Result<Self> {
+    pub fn new(kind: Option<&str>, source: &Path, at: PathBuf, data: Option<&str>) -> Result<Self> {
         let flags = if kind.is_some() {
             MsFlags::empty()
         } else {
@@ -140,31 +140,5 @@ pub fn of_a_user(suite: &Context) -> Result<()> {
         );
     }
     ensure!(fs::metadata(data.join("part/file"))?.uid() == 1000);
-    Ok(())
-}
-
-/// Its pages are the host's: a program in a guest would fail where it maps them.
-pub fn huge_pages(suite: &Context) -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let at = dir.path().join("huge");
-    fs::create_dir(&at)?;
-    let _huge = Mounted::new(
-        Some("hugetlbfs"),
-        Path::new("nodev"),
-        at.clone(),
-        Some("pagesize=2M"),
-    )?;
-    let mut config = container(&["true"]);
-    config.mounts = vec![v1::Mount {
-        host_path: at.to_string_lossy().into_owned(),
-        container_path: "/huge".into(),
-        ..Default::default()
-    }];
-    let refused = suite.cri()?.pod()?.start(config).err();
-    let message = refused.map(|e| e.to_string()).unwrap_or_default();
-    ensure!(
-        message.contains("huge pages") && message.contains("/huge"),
-        "{message:?}"
-    );
     Ok(())
 }
