@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use oci_spec::runtime::{
     Capabilities, Capability, LinuxCapabilities, PosixRlimit, PosixRlimitType, Process,
 };
-use rustix::fs::{FileType, Mode, fchown, fstat};
+use rustix::fs::{FileType, Mode, Stat, fchown, fstat};
 use rustix::io::Errno;
 use rustix::process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit};
 use rustix::thread::{
@@ -20,7 +20,7 @@ use rustix::thread::{
 };
 
 use super::error::{LaunchError, OsError, Step};
-use super::passwd;
+use super::{StdioFds, passwd};
 
 /// The highest capability number that a set can hold.
 const MAX_CAPABILITY: u32 = 63;
@@ -79,7 +79,6 @@ impl Identity {
 
     /// Gives the user the standard streams, so that /dev/stdout can be opened again by its owner.
     pub(crate) fn own_streams(&self) -> Result<(), LaunchError> {
-        let null = rustix::fs::makedev(1, 3);
         for stream in [
             std::io::stdin().as_fd(),
             std::io::stdout().as_fd(),
@@ -88,9 +87,7 @@ impl Identity {
             let Ok(stat) = fstat(stream) else {
                 continue;
             };
-            let is_null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
-                && stat.st_rdev == null;
-            if is_null || stat.st_uid == self.uid.as_raw() {
+            if is_null(&stat) || stat.st_uid == self.uid.as_raw() {
                 continue;
             }
             match fchown(stream, Some(self.uid), None) {
@@ -132,6 +129,34 @@ impl Identity {
             && std::fs::read_to_string("/proc/self/setgroups")
                 .is_ok_and(|state| state.trim() == "deny")
     }
+}
+
+/// Gives the standard streams to user and group `root`, those of the guest that are 0 in the user namespace which the process is about
+/// to enter. Inside, nobody could change an owner that the namespace does not know, and [`Identity::own_streams`] is to.
+pub(crate) fn hand_to_root(
+    streams: &StdioFds,
+    root: Option<(u32, u32)>,
+) -> Result<(), LaunchError> {
+    let Some((uid, gid)) = root else {
+        return Ok(());
+    };
+    for stream in [&streams.stdin, &streams.stdout, &streams.stderr] {
+        let given = fstat(stream).and_then(|stat| {
+            if is_null(&stat) {
+                return Ok(());
+            }
+            fchown(stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+        });
+        given
+            .step(|| format!("giving the standard streams to user {uid}, the container's root"))?;
+    }
+    Ok(())
+}
+
+/// Whether this is /dev/null, which is everybody's.
+fn is_null(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+        && stat.st_rdev == rustix::fs::makedev(1, 3)
 }
 
 /// Applies the process's resource limits.

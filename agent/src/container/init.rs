@@ -124,6 +124,9 @@ fn create(
     let shared_cgroup = (!plan.has(LinuxNamespaceType::Cgroup)).then_some(&*job.cgroup);
     namespaces::leave_agents_mounts()?;
     let prepared = rootfs::Prepare::open(spec, &plan, shared_cgroup)?;
+    if let Some(streams) = streams.as_ref().filter(|_| plan.has_user()) {
+        identity::hand_to_root(streams, namespaces::root_of(linux))?;
+    }
     plan.enter(linux)?;
     let mut handshake = Handshake::new()?;
     if let Forked::Parent(pid) = fork(plan.create)? {
@@ -179,6 +182,9 @@ fn exec(
     let affinity = process.exec_cpu_affinity().as_ref();
     if let Some(list) = affinity.and_then(|affinity| affinity.initial().as_deref()) {
         scheduling::set_affinity(list)?;
+    }
+    if let Some(streams) = streams.as_ref().filter(|_| user_namespace) {
+        identity::hand_to_root(streams, namespaces::root_in(job.init))?;
     }
     namespaces::join_all(init, job.namespaces)?;
     let mut handshake = Handshake::new()?;

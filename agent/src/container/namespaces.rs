@@ -171,6 +171,27 @@ fn map_line(mapping: &LinuxIdMapping) -> String {
     )
 }
 
+/// Whom the root of the spec's user namespace is to the guest, user and group: `None` where that has no root.
+pub(crate) fn root_of(linux: &Linux) -> Option<(u32, u32)> {
+    let root = |map: &Option<Vec<LinuxIdMapping>>| {
+        let mut ranges = map.iter().flatten();
+        ranges
+            .find(|range| range.container_id() == 0)
+            .map(LinuxIdMapping::host_id)
+    };
+    Some((root(linux.uid_mappings())?, root(linux.gid_mappings())?))
+}
+
+/// The same of a process's user namespace.
+pub(crate) fn root_in(pid: i32) -> Option<(u32, u32)> {
+    let root = |file: &str| {
+        let map = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;
+        let mut ranges = map.lines().map(str::split_whitespace);
+        ranges.find_map(|mut range| (range.next()? == "0").then(|| range.next()?.parse().ok())?)
+    };
+    Some((root("uid_map")?, root("gid_map")?))
+}
+
 /// Becomes root of the user namespace that the process is in: until then its ids are unmapped.
 pub(crate) fn become_root() -> Result<(), LaunchError> {
     use rustix::process::{Gid, Uid};

@@ -200,7 +200,8 @@ async fn a_user_namespace() {
     let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
     let bundle = Bundle::sh(
         "id -u; tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox /dev/null; echo x > /dev/null && echo null; \
-         touch /tmp/made; mount -t tmpfs t /tmp || echo denied; sleep 1000",
+         touch /tmp/made; mount -t tmpfs t /tmp || echo denied; \
+         echo opened > /dev/stdout || echo refused; sleep 1000",
     )
     .with_namespace(json!({"type": "user"}))
     .with("/linux/uidMappings", mappings.clone())
@@ -212,15 +213,19 @@ async fn a_user_namespace() {
         std::os::unix::fs::chown(path, Some(100_000), Some(100_000)).unwrap();
     }
     let (container, pid, mut streams) = bundle.create().await.unwrap().start().await;
-    let lines: Vec<String> = (0..6).map(|_| streams.line()).collect();
+    let lines: Vec<String> = (0..7).map(|_| streams.line()).collect();
     assert_eq!(lines[0], "0");
     assert_eq!(lines[1].trim(), "0 100000 65536");
     assert_eq!(lines[2], "0");
     assert_eq!(lines[4], "null", "{lines:?}");
     assert_eq!(lines[5], "denied", "{lines:?}");
-    let output = exec_sh(&container, "id -u; hostname; readlink /proc/self/ns/user").await;
+    // The streams are its root's, who may open them again.
+    assert_eq!(lines[6], "opened", "{lines:?}");
+    let script = "id -u; hostname; readlink /proc/self/ns/user; echo opened > /dev/stderr";
+    let output = exec_sh(&container, script).await;
     let user = fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
     assert_eq!(output.stdout, format!("0\nmapped\n{}\n", user.display()));
+    assert_eq!(output.stderr, "opened\n");
     assert_eq!(
         std::os::unix::fs::MetadataExt::uid(&fs::metadata(root.join("tmp/made")).unwrap()),
         100_000
