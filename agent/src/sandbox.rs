@@ -23,6 +23,7 @@ use nix::unistd::{SysconfVar, sethostname, sysconf};
 use crate::container::sysctl;
 use crate::error::AgentError;
 use crate::net;
+use crate::users::{self, Users};
 
 /// Most entropy a request may carry, in bytes.
 const ENTROPY_MAX: usize = 512;
@@ -70,6 +71,14 @@ impl Plan {
         })
     }
 
+    /// The pod's users, where they are not the guest's: to be made first.
+    pub fn users(&self) -> Option<Users> {
+        let CreateSandboxRequest {
+            uid_map, gid_map, ..
+        } = &self.request;
+        (!uid_map.is_empty()).then(|| Users::new(uid_map, gid_map))
+    }
+
     /// Sets the guest up as asked. Blocks on the host's file server: not for the runtime's own thread.
     ///
     /// # Errors
@@ -81,6 +90,7 @@ impl Plan {
             network,
             sysctls,
         } = self;
+        users::enter_network()?;
         // First: it can still be refused. And before the sysctls, which may name its interfaces.
         if let Some(network) = network {
             net::configure(&network)?;
@@ -136,6 +146,11 @@ fn check(request: &CreateSandboxRequest) -> Result<(), AgentError> {
             "the host name {:?} is longer than {HOSTNAME_MAX} bytes",
             request.hostname
         )));
+    }
+    if request.uid_map.is_empty() != request.gid_map.is_empty() {
+        return Err(AgentError::Invalid(
+            "the pod's users need both a uid_map and a gid_map".into(),
+        ));
     }
     for share in &request.shares {
         if share.tag.is_empty() || !Path::new(&share.path).is_absolute() {
@@ -309,6 +324,10 @@ mod tests {
         );
         assert_eq!(
             refused(|r| r.shares.push(Default::default())),
+            ttrpc::Code::INVALID_ARGUMENT
+        );
+        assert_eq!(
+            refused(|r| r.uid_map = "0 1000 1\n".into()),
             ttrpc::Code::INVALID_ARGUMENT
         );
         assert_eq!(

@@ -35,6 +35,7 @@ use crate::polled::Polled;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
 use crate::sandbox::{self, Milestones};
+use crate::users;
 use crate::volume::{self, Volumes};
 
 /// Turns given to the runtime for the reply of the last call to leave.
@@ -143,6 +144,10 @@ impl<R: Runtime> Agent for Service<R> {
         if self.set_up.swap(true, Ordering::Relaxed) {
             return Err(AgentError::SandboxExists.into());
         }
+        if let Some(users) = plan.users() {
+            // On this thread, the one that starts processes and connects to ports. Without this call's end there is no sandbox.
+            users.make().await?;
+        }
         let milestones = self.milestones;
         off_the_runtime("setting the sandbox up", move || plan.set_up(milestones)).await
     }
@@ -152,7 +157,11 @@ impl<R: Runtime> Agent for Service<R> {
         if !self.set_up.load(Ordering::Relaxed) {
             return Err(AgentError::NoSandbox.into());
         }
-        off_the_runtime("configuring the network", move || net::configure(&network)).await?;
+        off_the_runtime("configuring the network", move || {
+            users::enter_network()?;
+            net::configure(&network)
+        })
+        .await?;
         Ok(Empty::new())
     }
 

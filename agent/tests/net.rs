@@ -11,7 +11,8 @@
 
 use std::fmt::Debug;
 use std::fs;
-use std::process::Command;
+use std::io::Read as _;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -124,6 +125,32 @@ fn addresses(name: &str) -> Vec<String> {
             format!("{local}/{} {scope}", a["prefixlen"])
         })
         .collect()
+}
+
+#[test]
+fn idle_devices_move_to_the_namespace_of_a_process() {
+    with_devices(&["eth0", "eth1"], || {
+        ip("link set eth1 up");
+        let mut there = Command::new("unshare")
+            .args(["--net", "sh", "-c", "echo; exec sleep 1000"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let up = there.stdout.as_mut().unwrap().read(&mut [0]).unwrap();
+        assert_eq!(up, 1);
+        husk_agent::net::move_devices(there.id().cast_signed()).unwrap();
+        let at = format!("--net=/proc/{}/ns/net", there.id());
+        let moved = Command::new("nsenter")
+            .args([&at, "ip", "-j", "link", "show", "type", "veth"])
+            .output()
+            .unwrap();
+        there.kill().unwrap();
+        there.wait().unwrap();
+        let moved: Vec<Value> = serde_json::from_slice(&moved.stdout).unwrap();
+        assert_eq!(some(&moved, &["ifname"]), json!([{"ifname": "eth0"}]));
+        // What is configured is somebody's already.
+        is_running("eth1");
+    });
 }
 
 #[test]

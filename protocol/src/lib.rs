@@ -65,6 +65,10 @@ pub mod guest_path {
     pub const SHARE_TAG: &str = "husk";
     /// Mount point of the `/dev/shm` that the pod's containers share.
     pub const SHM: &str = "/run/husk/shm";
+    /// The pod's user namespace, where it has one of its own.
+    pub const USERS: &str = "/run/husk/users";
+    /// The network namespace that comes with it.
+    pub const NETWORK: &str = "/run/husk/network";
     /// Where `SyncVolume` keeps its volumes, a directory each.
     pub const VOLUMES: &str = "/run/husk/volumes";
 }

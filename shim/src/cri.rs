@@ -22,7 +22,9 @@ mod generated {
 
 use containerd_shim_protos::protobuf::{self, Message as _, well_known_types::any::Any};
 
-pub use generated::{DNSConfig, LinuxContainerResources, PodSandboxConfig};
+pub use generated::{
+    DNSConfig, IDMapping, LinuxContainerResources, NamespaceMode, PodSandboxConfig, UserNamespace,
+};
 
 /// The type that containerd gives a pod's configuration, by whatever host a client has put in front.
 const POD_CONFIG: &str = "runtime.v1.PodSandboxConfig";

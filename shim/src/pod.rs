@@ -11,9 +11,12 @@ use std::{
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 
 use crate::{
-    cri::{self, BadOptions, DNSConfig, LinuxContainerResources},
+    cri::{
+        self, BadOptions, DNSConfig, IDMapping, LinuxContainerResources, NamespaceMode,
+        UserNamespace,
+    },
     sizing::{self, Hints},
-    spec::{BundleSpec, DEFAULT_SHM_SIZE, NetworkNamespace, SpecError},
+    spec::{BundleSpec, DEFAULT_SHM_SIZE, NetworkNamespace, SpecError, Users},
 };
 
 /// Who brings a pod up, and takes it down.
@@ -82,6 +85,8 @@ pub struct PodSpec {
     pub dns: Dns,
     /// Sysctls of the whole pod, dotted names: those of the guest's own network, IPC and UTS namespaces.
     pub sysctls: HashMap<String, String>,
+    /// Its users, where they are not the guest's.
+    pub users: Option<Users>,
     /// Of the `/dev/shm` that the containers share; 0: there is none.
     pub shm_size_bytes: u64,
 }
@@ -105,6 +110,7 @@ impl PodSpec {
             Self {
                 hostname: spec.hostname(),
                 sysctls: spec.sysctls(),
+                users: spec.users(),
                 shm_size_bytes: spec.pod_shm_size(),
                 ..Self::default()
             }
@@ -145,6 +151,7 @@ impl PodSpec {
                 "" => NetworkNamespace::Host,
                 path => NetworkNamespace::At(path.into()),
             },
+            users: users(&linux.security_context.namespace_options.userns_options),
             shm_size_bytes: DEFAULT_SHM_SIZE,
             hostname: match config.hostname {
                 // A pod of the host's network: it has the host's name, as with a pause container.
@@ -168,6 +175,19 @@ fn hints(resources: &LinuxContainerResources) -> Hints {
         // containerd's client knows the pod's by its cgroup, as every other.
         huge_pages: 0,
     }
+}
+
+/// `None` for the mode of users that are the host's, which is also the one without ranges.
+fn users(options: &UserNamespace) -> Option<Users> {
+    let map = |ranges: &[IDMapping]| {
+        let line = |r: &IDMapping| format!("{} {} {}\n", r.container_id, r.host_id, r.length);
+        ranges.iter().map(line).collect()
+    };
+    let is_pods = options.mode.enum_value() == Ok(NamespaceMode::POD) && !options.uids.is_empty();
+    is_pods.then(|| Users {
+        uid_map: map(&options.uids),
+        gid_map: map(&options.gids),
+    })
 }
 
 fn dns(config: DNSConfig) -> Dns {
@@ -232,6 +252,7 @@ mod tests {
             linux: Some(cri::LinuxPodSandboxConfig {
                 cgroup_parent: "/kubepods/podu".into(),
                 sysctls: [("kernel.shm_rmid_forced".to_owned(), "1".to_owned())].into(),
+                security_context: Some(security(cri::NamespaceMode::Pod)),
                 resources: Some(cri::LinuxContainerResources {
                     cpu_period: -1,
                     cpu_quota: 150_000,
@@ -262,6 +283,44 @@ mod tests {
         assert_eq!(pod.hostname, "web-0");
         assert_eq!(pod.dns.options, ["ndots:5"]);
         assert_eq!(pod.sysctls["kernel.shm_rmid_forced"], "1");
+        let users = pod.users.unwrap();
+        assert_eq!(users.uid_map, "0 65536 1000\n");
+        assert_eq!(users.gid_map, "0 65536 1000\n1000 7 1\n");
+    }
+
+    fn security(mode: cri::NamespaceMode) -> cri::LinuxSandboxSecurityContext {
+        let range = |container_id, host_id, length| cri::IdMapping {
+            host_id,
+            container_id,
+            length,
+        };
+        let users = cri::UserNamespace {
+            mode: mode.into(),
+            uids: vec![range(0, 65536, 1000)],
+            gids: vec![range(0, 65536, 1000), range(1000, 7, 1)],
+        };
+        cri::LinuxSandboxSecurityContext {
+            namespace_options: Some(cri::NamespaceOption {
+                userns_options: Some(users),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn users_of_the_host_are_the_guests() {
+        let config = |security_context| cri::PodSandboxConfig {
+            linux: Some(cri::LinuxPodSandboxConfig {
+                security_context,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        for context in [None, Some(security(cri::NamespaceMode::Node))] {
+            let pod = PodSpec::of_request(&request(config(context)), "k8s.io").unwrap();
+            assert_eq!(pod.users, None);
+        }
     }
 
     #[test]

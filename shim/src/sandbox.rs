@@ -281,7 +281,10 @@ impl Sandbox {
         }
         if network.waits(&found) {
             let phase = self.phase.watch();
-            let late = Late::look_out(network, machine, agent.clone(), vcpus, phase);
+            // Docker has listeners of its own there.
+            let forwards =
+                (!network::fills_new_namespace(&self.namespace)).then(|| self.streams.clone());
+            let late = Late::look_out(network, machine, agent.clone(), vcpus, phase, forwards);
             let _ = self.late.set(late);
         }
         Ok(agent)
@@ -320,11 +323,13 @@ impl Sandbox {
         source: PodSource,
     ) -> Result<(PodSpec, Arc<Network>), VmError> {
         let id = self.id.clone();
-        let of_task =
-            network::fills_new_namespace(&self.namespace).then(|| format!("/proc/{vmm}/ns/net"));
+        let of_task = format!("/proc/{vmm}/ns/net");
+        let fills_any = network::fills_new_namespace(&self.namespace);
         let read = tokio::task::spawn_blocking(move || {
             let pod = source.load().map_err(|e| VmError::Other(chain(&e)))?;
-            let of_task = of_task.as_deref().map(Path::new);
+            // containerd 1.7 fills that of a pod with users of its own: it has the runtime make it, for them to own it.
+            let is_filled = fills_any || pod.users.is_some();
+            let of_task = is_filled.then(|| Path::new(&of_task));
             let network = Network::of_pod(&pod, &id, of_task)?;
             Ok((pod, Arc::new(network)))
         });
@@ -356,6 +361,7 @@ impl Sandbox {
             doing: "read random bytes for the guest",
             source,
         })?;
+        let users = pod.users.unwrap_or_default();
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
@@ -367,6 +373,8 @@ impl Sandbox {
             dns_options: pod.dns.options,
             sysctls: pod.sysctls,
             shm_size_bytes: pod.shm_size_bytes,
+            uid_map: users.uid_map,
+            gid_map: users.gid_map,
             shares: vec![AgentShare {
                 tag: guest_path::SHARE_TAG.into(),
                 path: guest_path::SHARE.into(),

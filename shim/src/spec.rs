@@ -16,13 +16,16 @@ use std::{
 };
 
 pub use mounts::{BindMount, KeptVolume, Owners};
-pub use pod::{DEFAULT_SHM_SIZE, Neighbours, NotInVm};
+pub use pod::{DEFAULT_SHM_SIZE, Neighbours, NotInVm, Users};
 pub use resources::{HUGE_PAGE_SIZE, Resources};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
-use self::{mounts::Mount, pod::PodShm};
+use self::{
+    mounts::{IdRange, Mount},
+    pod::PodShm,
+};
 use crate::{
     group::Role,
     huge_pages::HugeVolume,
@@ -110,6 +113,8 @@ struct Linux {
     namespaces: Option<Vec<Namespace>>,
     resources: Option<Resources>,
     sysctl: Option<HashMap<String, String>>,
+    uid_mappings: Option<Vec<IdRange>>,
+    gid_mappings: Option<Vec<IdRange>>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]

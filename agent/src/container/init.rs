@@ -25,7 +25,7 @@ use super::identity::{self, Identity};
 use super::job::{CreateJob, ExecJob, FromInit, HooksJob, Job, JobFollows, ToInit};
 use super::seccomp::Filter;
 use super::sys::{self, Forked};
-use super::{StdioFds, exec_lookup, hooks, namespaces, rootfs, scheduling, sysctl};
+use super::{StdioFds, exec_lookup, hooks, namespaces, pod_users, rootfs, scheduling, sysctl};
 use crate::{cgroup, loopback};
 
 /// Runs the job that the agent hands over on stdin. Never returns to the caller's program.
@@ -83,11 +83,19 @@ fn run(channel: &Channel) -> Result<(), LaunchError> {
         }) => {
             set_oom_score_adj(0)?;
             hooks::run_all(&kind, &hooks, &State::new(&state)?, keep_going)?;
-            channel
-                .send(&FromInit::Done)
-                .step(|| "reporting".to_owned())
+            done(channel)
+        }
+        Job::Users(uid_map, gid_map) => {
+            pod_users::make(&uid_map, &gid_map)?;
+            done(channel)
         }
     }
+}
+
+fn done(channel: &Channel) -> Result<(), LaunchError> {
+    channel
+        .send(&FromInit::Done)
+        .step(|| "reporting".to_owned())
 }
 
 /// The standard streams; none means a terminal.

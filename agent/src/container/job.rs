@@ -17,6 +17,8 @@ pub(crate) enum Job {
     Exec(Box<ExecJob>),
     /// Run hooks in the runtime's namespaces.
     Hooks(HooksJob),
+    /// Make the namespaces of a pod that has users of its own, with this `uid_map` and `gid_map`.
+    Users(String, String),
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -70,7 +72,7 @@ pub(crate) enum FromInit {
     Ready,
     /// execve comes next: the end of file means that it succeeded.
     Executing,
-    /// The hooks ran.
+    /// The job is done, and there is no process to wait for.
     Done,
     /// It failed and the process ends.
     Failed(LaunchError),

@@ -207,12 +207,17 @@ pub(super) async fn run_hooks(job: HooksJob) -> Result<(), LaunchError> {
     if job.hooks.is_empty() {
         return Ok(());
     }
-    let channel = spawn(&Job::Hooks(job), &[])?;
+    run_to_its_end(&Job::Hooks(job)).await
+}
+
+/// Has a job done that leaves no process behind.
+pub(super) async fn run_to_its_end(job: &Job) -> Result<(), LaunchError> {
+    let channel = spawn(job, &[])?;
     match channel.receive().await? {
         Some((FromInit::Done, _)) => Ok(()),
         Some((FromInit::Failed(error), _)) => Err(error),
         Some((other, _)) => Err(unexpected(&other)),
-        None => Err(ended("while it ran hooks")),
+        None => Err(ended("before its job was done")),
     }
 }
 

@@ -24,6 +24,7 @@ mod mounts;
 mod namespaces;
 mod passwd;
 mod paths;
+mod pod_users;
 mod rootfs;
 mod scheduling;
 mod seccomp;
@@ -226,6 +227,15 @@ impl State {
         }
         ran
     }
+}
+
+/// Makes the namespaces of a pod that has users of its own, at [`husk_protocol::guest_path::USERS`] and
+/// [`husk_protocol::guest_path::NETWORK`], and moves the VM's network devices there. The maps are those of user_namespaces(7).
+///
+/// # Errors
+/// What could not be made, or that the kernel does not take the maps.
+pub async fn make_users(uid_map: String, gid_map: String) -> Result<(), LaunchError> {
+    launch::run_to_its_end(&Job::Users(uid_map, gid_map)).await
 }
 
 /// A descriptor that stays with this one process, whatever its pid is used for later.

@@ -87,7 +87,7 @@ impl Link {
     }
 
     /// Whether this is one of the VM's devices, which nobody has configured yet.
-    fn is_idle_nic(&self) -> bool {
+    pub(super) fn is_idle_nic(&self) -> bool {
         !self.up && (0..MAX_NICS as u8).any(|nic| self.is_nic(nic))
     }
 }

@@ -26,6 +26,11 @@ pub(super) fn mtu(index: u32, mtu: u32) -> Request {
     link(index, 0, 0).attribute(libc::IFLA_MTU, &mtu.to_ne_bytes())
 }
 
+/// Moves an interface into the network namespace of a process.
+pub(super) fn namespace(index: u32, pid: i32) -> Request {
+    link(index, 0, 0).attribute(libc::IFLA_NET_NS_PID, &pid.to_ne_bytes())
+}
+
 /// Sets an interface up or down.
 pub(super) fn up(index: u32, up: bool) -> Request {
     let flag = libc::IFF_UP as u32;

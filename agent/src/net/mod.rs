@@ -71,6 +71,26 @@ pub fn configure(config: &Config) -> Result<(), AgentError> {
     Ok(())
 }
 
+/// Moves the VM's devices, which nobody has configured yet, into the network namespace of a process.
+///
+/// # Errors
+/// [`AgentError::Guest`] naming the device that stays.
+pub fn move_devices(pid: i32) -> Result<(), AgentError> {
+    let mut netlink =
+        Netlink::open().map_err(|e| AgentError::guest("opening an rtnetlink socket", e))?;
+    let links = Link::all(&mut netlink)
+        .map_err(|e| AgentError::guest("listing the network interfaces", e))?;
+    for link in links.iter().filter(|link| link.is_idle_nic()) {
+        netlink
+            .call(messages::namespace(link.index, pid))
+            .map_err(|e| {
+                let doing = format!("moving {} to the pod's network namespace", link.name);
+                AgentError::guest(doing, e)
+            })?;
+    }
+    Ok(())
+}
+
 /// Takes the name off a device that another is to have.
 fn step_aside(netlink: &mut Netlink, link: &mut Link) -> Result<(), AgentError> {
     set_down(netlink, link)?;

@@ -10,7 +10,7 @@
 //! tap through the pod's interface and never meets the host's stack, which also drops what comes from a wire for a loopback
 //! address.
 //!
-//! A pod whose network comes after its start has none of this: those are Docker's, which has listeners of its own on 127.0.0.11 there.
+//! A pod of Docker's, whose network comes after its start, has none of this: Docker has listeners of its own on 127.0.0.11 there.
 
 use std::{
     fs::File,

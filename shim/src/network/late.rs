@@ -1,6 +1,6 @@
 //! A network that comes after the start.
 //!
-//! Docker 26 and later fill the network namespace of a task once it is there. A VM cannot be given a device then, so it has a spare one
+//! Docker 26 and later fill the network namespace of a task once it is there, as containerd 1.7 does for a pod with users of its own. A VM cannot be given a device then, so it has a spare one
 //! without a link; here is who looks for the interface that it stands for. One task owns the matter: it looks when it is asked to, before a
 //! container starts, and when the kernel tells of changes. It ends with the pod.
 
@@ -22,6 +22,7 @@ use crate::{
     agent::Agent,
     error::{TaskError, chain},
     phase::PhaseWatch,
+    streams::Streams,
     vm::Machine,
 };
 
@@ -46,13 +47,14 @@ enum Asked {
 }
 
 impl Late {
-    /// Looks out from now on, until the pod is gone. Must be called within a tokio runtime.
+    /// Looks out from now on, until the pod is gone. `forwards`: once the network is there, port-forwards are served. Must be called within a tokio runtime.
     pub fn look_out(
         network: Arc<Network>,
         machine: Arc<dyn Machine>,
         agent: Agent,
         vcpus: u8,
         phase: PhaseWatch,
+        forwards: Option<Streams>,
     ) -> Self {
         let (sender, requests) = mpsc::channel(1);
         let span = info_span!("late_network", pod = network.pod);
@@ -61,10 +63,12 @@ impl Late {
             machine,
             agent,
             vcpus,
+            phase,
+            forwards,
             is_plugged: false,
             given: Found::default(),
         };
-        tokio::spawn(plugger.run(phase, requests).instrument(span));
+        tokio::spawn(plugger.run(requests).instrument(span));
         Self(sender)
     }
 
@@ -86,6 +90,9 @@ struct Plugger {
     machine: Arc<dyn Machine>,
     agent: Agent,
     vcpus: u8,
+    phase: PhaseWatch,
+    /// Until they are.
+    forwards: Option<Streams>,
     /// The spare device has its tap: it is given once.
     is_plugged: bool,
     /// What the guest has been told. There may be more to tell: routes come last.
@@ -93,7 +100,8 @@ struct Plugger {
 }
 
 impl Plugger {
-    async fn run(mut self, phase: PhaseWatch, mut requests: mpsc::Receiver<Answer>) {
+    async fn run(mut self, mut requests: mpsc::Receiver<Answer>) {
+        let phase = self.phase.clone();
         let mut watch = match &self.network.namespace {
             Some(namespace) => Watch::open(namespace).await,
             None => return,
@@ -143,6 +151,12 @@ impl Plugger {
         }
         self.agent.update_network(&(&found).into()).await?;
         info!("the pod's network has come after its start, and the guest has it");
+        if let Some(streams) = self.forwards.take()
+            && let Some(forwarder) = self.network.forwarder(&found).await
+        {
+            let (agent, phase) = (self.agent.clone(), self.phase.clone());
+            forwarder.serve(&self.network.pod, agent, streams, phase);
+        }
         self.given = found;
         Ok(())
     }

@@ -117,7 +117,8 @@ pub struct Network {
 
 impl Network {
     /// The network that a pod asks for. `of_task` is the namespace of the process that stands for
-    /// the task on the host, where the engine is one that fills the new one that it has asked for ([`fills_new_namespace`]).
+    /// the task on the host, where the engine is one that fills the new one that it has asked for ([`fills_new_namespace`], and
+    /// containerd 1.7 for a pod with users of its own).
     ///
     /// # Errors
     /// [`NetworkError::HostNetwork`] where that is the host's own; [`NetworkError::Namespace`] where it is not there.

@@ -91,6 +91,13 @@ pub(super) struct IdRange {
     size: u32,
 }
 
+impl IdRange {
+    /// As `uid_map` of user_namespaces(7) has it.
+    pub(super) fn line(&self) -> String {
+        format!("{} {} {}\n", self.container, self.host, self.size)
+    }
+}
+
 impl BundleSpec {
     /// Bind mounts whose source lies on this host and must be shared. Those of the kernel's own trees are not among
     /// them, nor is the pod's `/dev/shm`: in the guest they mean the guest's.

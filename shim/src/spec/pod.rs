@@ -3,8 +3,9 @@
 //! With runc the sandbox (pause) container holds the pod's namespaces and the others join them by `/proc/<pid>/ns/…`. Here the pod has a
 //! machine of its own, so the pod's network, UTS and IPC namespaces are simply the guest's: a pod without a sandbox container works alike.
 //! The agent, which is in them too, uses neither SysV IPC nor message queues, and its host name is the pod's; changing any of them
-//! takes rights over the guest's namespaces that only a privileged container has. Process ids are another matter: the agent is PID 1 of the
-//! guest's own namespace, so those, and a user namespace, are another container's, joined by its id: the one whose task has the pid in the
+//! takes rights over the guest's namespaces that only a privileged container has. A pod's own users (`hostUsers: false`) are a namespace that
+//! the agent makes before the first container, with one for the network that belongs to it. Process ids are another matter: the agent is PID 1
+//! of the guest's own namespace, so those are another container's, joined by its id: the one whose task has the pid in the
 //! path (`crate::container::TaskPid`), the sandbox container for a pod that shares its processes.
 
 use std::{
@@ -15,7 +16,7 @@ use std::{
 use husk_protocol::{JOINED_NAMESPACE, guest_path};
 use serde_json::{Map, Value, json};
 
-use super::{BundleSpec, Linux, Read};
+use super::{BundleSpec, Linux, Read, mounts::IdRange};
 use crate::group::{self, Role};
 
 /// Where every container has its shared memory.
@@ -23,6 +24,15 @@ const DEV_SHM: &str = "/dev/shm";
 
 /// Size of a pod's `/dev/shm` in bytes, where the engine has made none: what containerd and CRI-O give it.
 pub const DEFAULT_SHM_SIZE: u64 = 64 << 20;
+
+/// Users of a pod, by who they are outside: as `uid_map` and `gid_map` of user_namespaces(7) have them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Users {
+    /// Of users.
+    pub uid_map: String,
+    /// Of groups.
+    pub gid_map: String,
+}
 
 /// What a container is refused because it runs in a VM.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +130,18 @@ impl BundleSpec {
             .unwrap_or_default()
     }
 
+    /// The pod's users, where it has its own.
+    pub fn users(&self) -> Option<Users> {
+        let linux = self.read.linux.as_ref()?;
+        let map =
+            |ranges: &Option<Vec<IdRange>>| ranges.iter().flatten().map(IdRange::line).collect();
+        let has_own = linux.namespaces.iter().flatten().any(|ns| ns.typ == "user");
+        has_own.then(|| Users {
+            uid_map: map(&linux.uid_mappings),
+            gid_map: map(&linux.gid_mappings),
+        })
+    }
+
     /// Size in bytes of the `/dev/shm` that the pod's containers share.
     pub fn pod_shm_size(&self) -> u64 {
         self.pod_shm.map_or(DEFAULT_SHM_SIZE, |shm| shm.size)
@@ -148,24 +170,23 @@ impl BundleSpec {
         group::role(&self.annotations())
     }
 
-    /// The container whose namespaces this one joins. It has both kinds: a user namespace is the whole pod's.
+    /// The container whose process namespace this one joins.
     pub(super) fn joins<'a>(&self, neighbours: &'a Neighbours) -> Result<Option<&'a str>, NotInVm> {
-        let shared = |typ| self.is_member().then(|| self.read.namespace_path(typ))?;
+        let shared = self.is_member().then(|| self.read.namespace_path("pid"));
+        let Some(path) = shared.flatten() else {
+            return Ok(None);
+        };
         let pause = neighbours.pause.as_deref();
-        match shared("pid") {
-            Some(path) => match pid_in(path) {
-                Some(pid) => {
-                    let target = neighbours.by_pid.get(&pid).map(String::as_str);
-                    let gone = match pause {
-                        Some(_) => NotInVm::NoTarget(pid),
-                        None => NotInVm::SharedProcesses,
-                    };
-                    target.map(Some).ok_or(gone)
-                }
-                None => pause.map(Some).ok_or(NotInVm::SharedProcesses),
-            },
-            // Without a sandbox container a user namespace of its own, mapped the same way, has the same users.
-            None => Ok(pause.filter(|_| shared("user").is_some())),
+        match pid_in(path) {
+            Some(pid) => {
+                let target = neighbours.by_pid.get(&pid).map(String::as_str);
+                let gone = match pause {
+                    Some(_) => NotInVm::NoTarget(pid),
+                    None => NotInVm::SharedProcesses,
+                };
+                target.map(Some).ok_or(gone)
+            }
+            None => pause.map(Some).ok_or(NotInVm::SharedProcesses),
         }
     }
 
@@ -208,19 +229,23 @@ fn rewrite_namespaces(list: &mut Vec<Value>, role: Role, joins: bool) {
             .is_some_and(|path| !path.is_empty())
     };
     list.retain(|ns| match typ(ns).as_deref() {
-        Some("network") => !has_path(ns),
+        // Without a path in a pod as well: containerd 1.7 has a pod of its own users make the network that is set up next.
+        Some("network") => role == Role::Plain && !has_path(ns),
         Some("uts" | "ipc") => role == Role::Plain,
         _ => true,
     });
     for namespace in list {
-        let is_joined = role == Role::Member
-            && joins
-            && has_path(namespace)
-            && matches!(typ(namespace).as_deref(), Some("pid" | "user"));
+        let path = match typ(namespace).as_deref() {
+            Some("user") if role != Role::Plain => Some(guest_path::USERS),
+            Some("pid") if role == Role::Member && joins && has_path(namespace) => {
+                Some(JOINED_NAMESPACE)
+            }
+            _ => None,
+        };
         if let Some(namespace) = namespace.as_object_mut() {
             namespace.remove("path");
-            if is_joined {
-                namespace.insert("path".into(), json!(JOINED_NAMESPACE));
+            if let Some(path) = path {
+                namespace.insert("path".into(), json!(path));
             }
         }
     }

@@ -210,7 +210,7 @@ fn the_pods_limit_on_huge_pages_stands_in_for_a_containers() {
 
 /// A pod's specs as containerd's CRI writes them (1.7 and 2.1 agree on what is in here), with a tmpfs at `shm`.
 mod pods {
-    use husk_protocol::JOINED_NAMESPACE;
+    use husk_protocol::{JOINED_NAMESPACE, guest_path};
     use nix::{
         mount::{MsFlags, mount},
         sched::{CloneFlags, unshare},
@@ -316,7 +316,7 @@ mod pods {
     }
 
     #[test]
-    fn shared_processes_and_users_are_the_sandbox_containers() {
+    fn shared_processes_are_the_sandbox_containers() {
         let mut json = member(NO_SHM.as_ref());
         set_namespace(
             &mut json,
@@ -347,31 +347,45 @@ mod pods {
         let error = spec(json.clone()).for_guest(&GuestPaths::default(), 1, &neighbours(Some(POD)));
         assert!(error.unwrap_err().to_string().contains("4713"));
         set_namespace(&mut json, json!({"type": "pid"}));
+    }
 
-        let user = json!({"type": "user", "path": "/proc/4711/ns/user"});
-        set_namespace(&mut json, user);
-        let out = for_guest(json.clone(), Some(POD));
-        let namespaces = &out.spec["linux"]["namespaces"];
-        assert_eq!(namespaces[2], json!({"type": "pid"}));
-        assert_eq!(
-            namespaces[3],
-            json!({"type": "user", "path": JOINED_NAMESPACE})
-        );
-        assert_eq!(out.joins, POD);
-        // Without a sandbox container one of its own, mapped alike.
-        assert_eq!(
-            for_guest(json, None).spec["linux"]["namespaces"][3],
-            json!({"type": "user"})
-        );
-        // containerd 2.1 pins the sandbox container's; it is made anew in the guest.
-        let mut json = sandbox(NO_SHM.as_ref());
+    #[test]
+    fn a_pods_own_users_are_one_namespace_of_the_guest() {
+        let users = json!({"type": "user", "path": guest_path::USERS});
+        let mut member = member(NO_SHM.as_ref());
         set_namespace(
-            &mut json,
-            json!({"type": "user", "path": "/run/containerd/cri/pinned/user"}),
+            &mut member,
+            json!({"type": "user", "path": "/proc/4711/ns/user"}),
         );
-        let out = for_guest(json, None);
-        assert_eq!(out.spec["linux"]["namespaces"][2], json!({"type": "user"}));
-        assert_eq!(out.joins, "");
+        for there in [Some(POD), None] {
+            let out = for_guest(member.clone(), there);
+            let own = json!([{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}, users]);
+            assert_eq!(out.spec["linux"]["namespaces"], own);
+            assert_eq!(out.joins, "");
+        }
+        // containerd 2.1 pins the sandbox container's; 1.7 has the runtime make it, and the network in it.
+        for (user, network) in [
+            (
+                json!({"type": "user", "path": "/run/containerd/pinned-namespaces/user"}),
+                json!({"type": "network", "path": "/var/run/netns/cni-1"}),
+            ),
+            (json!({"type": "user"}), json!({"type": "network"})),
+        ] {
+            let mut json = sandbox(NO_SHM.as_ref());
+            set_namespace(&mut json, user);
+            set_namespace(&mut json, network);
+            let range = json!({"containerID": 0, "hostID": 65536, "size": 1000});
+            json["linux"]["uidMappings"] = json!([range]);
+            json["linux"]["gidMappings"] =
+                json!([range, {"containerID": 1000, "hostID": 7, "size": 1}]);
+            let pod = PodSpec::of_spec(&spec(json.clone())).users.unwrap();
+            assert_eq!(pod.uid_map, "0 65536 1000\n");
+            assert_eq!(pod.gid_map, "0 65536 1000\n1000 7 1\n");
+            let own = json!([{"type": "pid"}, {"type": "mount"}, users]);
+            assert_eq!(for_guest(json, None).spec["linux"]["namespaces"], own);
+        }
+        let pod = PodSpec::of_spec(&spec(sandbox(NO_SHM.as_ref())));
+        assert_eq!(pod.users, None);
     }
 
     #[test]
