@@ -312,6 +312,18 @@ impl Containerd {
         self.launch()
     }
 
+    /// The daemon's version, without a `v` in front.
+    ///
+    /// # Errors
+    /// `ctr` could not be started, or does not say.
+    pub fn version(&self) -> Result<String> {
+        let text = self.run_ctr(&["version"])?.ok()?.text();
+        let server = text.split_once("Server:").context("ctr names no server")?.1;
+        let version = server.split_once("Version:").context("no version")?.1;
+        let word = version.split_whitespace().next().unwrap_or_default();
+        Ok(word.trim_start_matches('v').to_owned())
+    }
+
     /// `ctr` against this daemon.
     pub fn ctr(&self) -> Command {
         let mut command = Command::new("ctr");
