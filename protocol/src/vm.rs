@@ -11,7 +11,7 @@ use std::os::fd::RawFd;
 use serde::{Deserialize, Serialize};
 
 /// Version of the messages below. Shim and VMM are installed together; a mismatch is refused at launch.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Longest packet on the control channel, in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -142,6 +142,9 @@ pub enum Call {
     AttachNic {
         /// Number of the device.
         nic: u8,
+        /// Behind the tap's descriptors come as many of `/dev/vhost-net`, open for reading and writing, by which the host's kernel is to
+        /// carry the packets. A VMM that cannot use them carries the packets itself, as it does without.
+        vhost: bool,
     },
     /// Memory figures.
     Info,

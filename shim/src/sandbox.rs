@@ -6,7 +6,6 @@
 //! who waits for the guest waits for that as well.
 
 use std::{
-    os::fd::OwnedFd,
     path::Path,
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime},
@@ -32,7 +31,7 @@ use crate::{
     context::ShimContext,
     error::{TaskError, chain},
     growth::{Growth, TooSmall},
-    network::{self, Network, late::Late, model::Found},
+    network::{self, Network, late::Late, model::Found, tap::Queues},
     phase::{Phase, PhaseSender, PhaseWatch},
     plan,
     pod::{PodSource, PodSpec},
@@ -295,7 +294,7 @@ impl Sandbox {
         &self,
         machine: &dyn Machine,
         plan: LaunchPlan,
-        plug: impl Future<Output = Result<Vec<Vec<OwnedFd>>, VmError>>,
+        plug: impl Future<Output = Result<Vec<Queues>, VmError>>,
         agent: oneshot::Receiver<UnixStream>,
     ) -> Result<UnixStream, VmError> {
         let launch = machine.launch(plan).instrument(info_span!("launch"));
@@ -303,8 +302,8 @@ impl Sandbox {
         self.timeline
             .mark_at(Point::VcpusRunning, Moment(times.vcpus_running));
         let attach = async {
-            for (nic, fds) in (0..).zip(taps) {
-                machine.attach_nic(nic, fds).await?;
+            for (nic, queues) in (0..).zip(taps) {
+                machine.attach_nic(nic, queues).await?;
             }
             Ok(())
         };

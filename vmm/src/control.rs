@@ -231,9 +231,15 @@ fn answer(vm: &mut Vm, call: Call, beside: Beside) -> Result<Answer, String> {
         Call::Pause => vm.pause(),
         Call::Resume => vm.resume(),
         Call::SetBalloon { target_mib } => vm.set_balloon(target_mib).map_err(|e| sentence(&e))?,
-        Call::AttachNic { nic } => vm
-            .attach_nic(nic, beside.take()?)
-            .map_err(|e| sentence(&e))?,
+        Call::AttachNic { nic, vhost } => {
+            let mut taps = beside.take()?;
+            let vhosts = if vhost {
+                taps.split_off(taps.len() / 2)
+            } else {
+                Vec::new()
+            };
+            vm.attach_nic(nic, taps, vhosts).map_err(|e| sentence(&e))?;
+        }
         Call::SetMemory { target_mib } => vm.set_memory(target_mib).map_err(|e| sentence(&e))?,
         Call::Info => return vm.info().map(Answer::Info).map_err(|e| sentence(&e)),
         Call::Stop => vm.stop(),
@@ -356,13 +362,14 @@ mod tests {
     fn descriptors_come_with_their_request() {
         let (channel, shim) = pair();
         let (mut end, writes) = pipe();
-        let request = br#"{"id":7,"call":{"attach-nic":{"nic":1}}}"#;
+        let request = br#"{"id":7,"call":{"attach-nic":{"nic":1,"vhost":false}}}"#;
         say_with(&shim, request, &[writes.as_raw_fd(); 2]);
         say(&shim, request);
         drop(writes);
         for count in [2, 0] {
             let (Request { call, .. }, beside) = channel.receive().unwrap().unwrap();
-            assert_eq!(call, Call::AttachNic { nic: 1 });
+            let vhost = false;
+            assert_eq!(call, Call::AttachNic { nic: 1, vhost });
             assert_eq!(beside.take().unwrap().len(), count);
         }
         assert_eq!(
@@ -379,7 +386,7 @@ mod tests {
         let (mut end, writes) = pipe();
         let fds = [writes.as_raw_fd()];
         for request in [
-            &br#"{"id":1,"call":{"attach-nic":{"nic":0}}}"#[..],
+            &br#"{"id":1,"call":{"attach-nic":{"nic":0,"vhost":false}}}"#[..],
             br#"{"id":1,"call":"info"}"#,
         ] {
             say_with(&shim, request, &fds);

@@ -95,7 +95,13 @@ pub fn run(options: Options, started: u64) -> anyhow::Result<ExitCode> {
     };
     let mut vm = Vm::launch(parts, started)?;
     if let Some(tap) = tap {
-        vm.attach_nic(0, tap)?;
+        let vhost = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/vhost-net");
+        // Not every host has it, and the VM works without.
+        let vhosts = vhost.into_iter().map(OwnedFd::from).collect();
+        vm.attach_nic(0, tap, vhosts)?;
     }
     let times = vm.launch_times();
     let ended = wait(&vm);

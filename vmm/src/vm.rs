@@ -3,12 +3,14 @@
 //! [`Vm::launch`] is the recipe: read it from top to bottom. It either returns a running VM or frees what it has made, since
 //! every step's result is owned by the next; only the console's thread, which waits for output, stays until the process ends.
 
+mod nics;
+
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use husk_protocol::vm::{LaunchTimes, NicConfig, VmExit, VmInfo, nic_mac};
+use husk_protocol::vm::{LaunchTimes, VmExit, VmInfo};
 use vm_memory::GuestAddressSpace as _;
 
 use crate::boot::{self, BootError, cmdline};
@@ -163,7 +165,7 @@ impl Vm {
         let ports = ports(&machine, &console, &ending)?;
         let memory = GuestMemory::new(all_memory);
         let (balloon, balloon_handle) = Balloon::new(&memory);
-        let (nics, nic_handles) = network_devices(&parts.nics);
+        let (nics, nic_handles) = nics::devices(&parts.nics);
         let pluggable = pluggable.map(Mem::new).transpose();
         let (pluggable, mem) = pluggable.map_err(host("make an eventfd"))?.unzip();
         let devices = virtio_devices(parts.vsock, parts.shares, balloon, nics, pluggable)?;
@@ -266,12 +268,18 @@ impl Vm {
         Ok(())
     }
 
-    /// Connects network device `nic` to a tap, by a descriptor for each of the tap's queues.
+    /// Connects network device `nic` to a tap, by a descriptor for each of the tap's queues. `vhosts` are as many of
+    /// `/dev/vhost-net`, if the host's kernel is to carry the packets, or none.
     ///
     /// # Errors
-    /// There is no such device, it is connected already, or the descriptors are not what it needs.
-    pub fn attach_nic(&mut self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
-        attach(&self.nics, nic, taps)
+    /// There is no such device, it is connected already, or the tap's descriptors are not what it needs.
+    pub fn attach_nic(
+        &mut self,
+        nic: u8,
+        taps: Vec<OwnedFd>,
+        vhosts: Vec<OwnedFd>,
+    ) -> Result<(), VmError> {
+        nics::attach(&self.nics, nic, taps, vhosts, &self.memory)
     }
 
     /// Lets the guest plug or unplug memory until it has `target_mib` MiB in all. [`Self::memory_set`] tells when it has.
@@ -396,24 +404,6 @@ fn virtio_devices(
     Ok(devices)
 }
 
-/// The network devices, and what connects each.
-fn network_devices(configs: &[NicConfig]) -> (Vec<Net>, Vec<NicHandle>) {
-    (0u8..)
-        .zip(configs)
-        .map(|(nic, config)| Net::new(nic_mac(nic), config.queue_pairs))
-        .unzip()
-}
-
-fn attach(nics: &[NicHandle], nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
-    let count = nics.len();
-    nics.get(usize::from(nic))
-        .ok_or(VmError::NoNic { nic, count })?
-        .attach(taps)
-        .map_err(|source| VmError::AttachNic { nic, source })?;
-    tracing::info!(nic, "a network device is connected");
-    Ok(())
-}
-
 /// Gives each device a transport, a window, an interrupt line, and a notification a queue.
 fn mmio_bus(
     machine: &Machine,
@@ -450,31 +440,10 @@ impl BusDevice for MmioTransport {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::sentence;
-    use crate::virtio::testing;
+    use husk_protocol::vm::nic_mac;
 
-    #[test]
-    fn a_network_device_is_named_by_its_number() {
-        let config = NicConfig { queue_pairs: 1 };
-        let (nics, handles) = network_devices(&[config.clone(), config]);
-        for (nic, device) in (0u8..).zip(&nics) {
-            let mut mac = [0; 6];
-            device.read_config(0, &mut mac);
-            assert_eq!(mac, nic_mac(nic));
-        }
-        let error = attach(&handles, 2, Vec::new()).unwrap_err();
-        assert_eq!(
-            sentence(&error),
-            "this VM has 2 network devices, and none of number 2"
-        );
-        let null = std::fs::File::open("/dev/null").unwrap();
-        let error = attach(&handles, 1, vec![null.into()]).unwrap_err();
-        assert!(
-            sentence(&error).starts_with("cannot connect network device 1: "),
-            "{error}"
-        );
-    }
+    use super::*;
+    use crate::virtio::testing;
 
     #[test]
     fn devices_come_in_order_and_are_counted() {

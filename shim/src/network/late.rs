@@ -143,8 +143,8 @@ impl Plugger {
         if !self.is_plugged {
             let plugged = self.network.plug(&found, self.vcpus).await;
             let taps = plugged.map_err(|e| failed(&e))?;
-            for (nic, fds) in (0..).zip(taps) {
-                let attached = self.machine.attach_nic(nic, fds).await;
+            for (nic, queues) in (0..).zip(taps) {
+                let attached = self.machine.attach_nic(nic, queues).await;
                 attached.map_err(|e| failed(&e))?;
             }
             self.is_plugged = true;

@@ -19,10 +19,10 @@ pub mod steer;
 pub mod tap;
 #[cfg(test)]
 pub(crate) mod tests;
+mod vhost;
 
 use std::{
     io,
-    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -34,6 +34,7 @@ use crate::{error::chain, pod::PodSpec, spec::NetworkNamespace};
 use forward::Forwarder;
 use model::Found;
 use namespace::Namespace;
+use tap::Queues;
 
 /// Most pairs of queues of an interface: each pair has threads and memory of its own in the VMM, and four keep more vCPUs busy
 /// than a pod's traffic does.
@@ -177,13 +178,14 @@ impl Network {
         self.namespace.is_some() && found.interfaces.is_empty()
     }
 
-    /// Gives each interface a tap and joins the two: the taps' fds, in the order of the interfaces, one for each pair of queues.
+    /// Gives each interface a tap and joins the two: the taps' fds, in the order of the interfaces, one for each pair of queues, and those
+    /// by which the host's kernel carries the packets.
     /// The fds hold the taps: they vanish with the last one.
     ///
     /// # Errors
     /// [`NetworkError`]. What was made until then goes with [`Self::release`].
     #[instrument(name = "network_plug", skip_all)]
-    pub async fn plug(&self, found: &Found, vcpus: u8) -> Result<Vec<Vec<OwnedFd>>, NetworkError> {
+    pub async fn plug(&self, found: &Found, vcpus: u8) -> Result<Vec<Queues>, NetworkError> {
         let Some(namespace) = &self.namespace else {
             return Ok(Vec::new());
         };
@@ -211,7 +213,7 @@ impl Network {
                 tap = tap.name,
                 "plugged into the VM"
             );
-            taps.push(tap.fds);
+            taps.push(tap.queues);
         }
         Ok(taps)
     }

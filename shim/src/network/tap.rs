@@ -19,7 +19,7 @@ use rtnetlink::{
 };
 use tracing::info;
 
-use super::{NetworkError, errno_of, model::Interface, namespace::Namespace, netlink};
+use super::{NetworkError, errno_of, model::Interface, namespace::Namespace, netlink, vhost};
 
 const PREFIX: &str = "tap";
 const SUFFIX: &str = "_husk";
@@ -35,7 +35,16 @@ pub struct Tap {
     /// Its name.
     pub name: String,
     /// Its queues.
-    pub fds: Vec<OwnedFd>,
+    pub queues: Queues,
+}
+
+/// What a network device of the VM is connected by.
+#[derive(Debug)]
+pub struct Queues {
+    /// The tap's queues.
+    pub taps: Vec<OwnedFd>,
+    /// As many of `/dev/vhost-net`, or none where the host has none.
+    pub vhosts: Vec<OwnedFd>,
 }
 
 fn name_of(number: usize) -> String {
@@ -81,9 +90,11 @@ pub async fn make(
             .map_err(netlink(format!("remove the left-over tap {name}")))?;
     }
     let wanted = name.clone();
-    let fds = namespace
+    let queues = namespace
         .enter("make a tap (/dev/net/tun) in", move || {
-            open(&wanted, queues)
+            let taps = open(&wanted, queues)?;
+            let vhosts = vhost::open(queues);
+            Ok(Queues { taps, vhosts })
         })
         .await?;
     let made = find(handle, &name).await?;
@@ -108,7 +119,11 @@ pub async fn make(
             .await
             .map_err(netlink(format!("set the tap {name} up")))?;
     }
-    Ok(Tap { index, name, fds })
+    Ok(Tap {
+        index,
+        name,
+        queues,
+    })
 }
 
 async fn find(handle: &Handle, name: &str) -> Result<Option<LinkMessage>, NetworkError> {

@@ -191,7 +191,10 @@ mod tests {
         let control = Control::new(ours);
         let (reader, writer) = std::io::pipe().unwrap();
         let asked = tokio::spawn(async move {
-            let call = Call::AttachNic { nic: 3 };
+            let call = Call::AttachNic {
+                nic: 3,
+                vhost: false,
+            };
             control.call_with(call, vec![writer.into()]).await
         });
         let vmm_side = tokio::task::spawn_blocking(move || {
@@ -207,7 +210,13 @@ mod tests {
             let mut pipe = std::fs::File::from(fds.next().unwrap());
             assert!(fds.next().is_none());
             let request: Request = serde_json::from_slice(&buffer[..message.bytes]).unwrap();
-            assert_eq!(request.call, Call::AttachNic { nic: 3 });
+            assert_eq!(
+                request.call,
+                Call::AttachNic {
+                    nic: 3,
+                    vhost: false
+                }
+            );
             pipe.write_all(b"tap").unwrap();
             drop(pipe);
             let result = Ok(Answer::Done);

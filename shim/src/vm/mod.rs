@@ -20,7 +20,10 @@ use tokio::{
     sync::{mpsc, watch},
 };
 
-use crate::{network::NetworkError, sizing::Size};
+use crate::{
+    network::{NetworkError, tap::Queues},
+    sizing::Size,
+};
 
 /// What a VM is started with, beyond what the node's configuration says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,11 +80,11 @@ pub trait Machine: Send + Sync {
     /// [`VmError`] with the VMM's own reason.
     async fn launch(&self, plan: LaunchPlan) -> Result<LaunchTimes, VmError>;
 
-    /// Gives a network device of the running VM its tap, an fd for each of its queues: its link comes up.
+    /// Gives a network device of the running VM its tap, and what carries its packets: its link comes up.
     ///
     /// # Errors
     /// [`VmError`] with the VMM's own reason.
-    async fn attach_nic(&self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError>;
+    async fn attach_nic(&self, nic: u8, queues: Queues) -> Result<(), VmError>;
 
     /// Gives the guest memory, from `from_mib` MiB in all to `to_mib`; returns when it has plugged it.
     ///

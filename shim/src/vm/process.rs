@@ -31,6 +31,8 @@ use tokio::{
 };
 use tracing::{info, warn};
 
+use crate::network::tap::Queues;
+
 use super::{
     Driver, LaunchPlan, Machine, Spawned, VmEnd, VmError, bridge,
     console::{self, Tail},
@@ -324,8 +326,11 @@ impl Machine for Process {
         }
     }
 
-    async fn attach_nic(&self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
-        let attached = self.control.call_with(Call::AttachNic { nic }, taps);
+    async fn attach_nic(&self, nic: u8, queues: Queues) -> Result<(), VmError> {
+        let Queues { taps, vhosts } = queues;
+        let vhost = !vhosts.is_empty();
+        let fds = taps.into_iter().chain(vhosts).collect();
+        let attached = self.control.call_with(Call::AttachNic { nic, vhost }, fds);
         let Ok(attached) = timeout(ATTACH, attached).await else {
             return Err(VmError::Other(format!(
                 "husk-vmm did not connect the VM's network device {nic} within {ATTACH:?}"

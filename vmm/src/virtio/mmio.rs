@@ -8,8 +8,9 @@
 //! Interrupts are edges: each signal sets a bit of `InterruptStatus` and fires the irqfd, and the driver
 //! acknowledges the bit before it looks at its queues.
 
+mod interrupt;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
@@ -22,13 +23,14 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory as _};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::queue::RING_FEATURES;
+use self::interrupt::MmioInterrupt;
+use super::queue::{RING_FEATURES, areas};
 use super::worker::drain;
 use super::{
     ActivateError, Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice,
     may_log_about_guest,
 };
-use crate::ending::{Cause, Ending};
+use crate::ending::Ending;
 use crate::sentence;
 
 /// Size of a device's register window, in bytes.
@@ -113,45 +115,6 @@ impl Phase {
     }
 }
 
-/// The device's side of the interrupt registers, shared with its threads.
-struct MmioInterrupt {
-    /// `InterruptStatus`.
-    status: AtomicU32,
-    /// `ConfigGeneration`.
-    generation: AtomicU32,
-    needs_reset: AtomicBool,
-    irq: EventFd,
-    ending: Arc<Ending>,
-}
-
-impl MmioInterrupt {
-    fn fire(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::SeqCst);
-        // EAGAIN: the counter is full, so KVM has interrupts to deliver anyway.
-        let _ = self.irq.write(1);
-    }
-}
-
-impl Interrupt for MmioInterrupt {
-    fn signal_queue(&self, _index: u16) {
-        self.fire(VIRTIO_MMIO_INT_VRING);
-    }
-
-    fn signal_config(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        self.fire(VIRTIO_MMIO_INT_CONFIG);
-    }
-
-    fn signal_failed(&self) {
-        self.needs_reset.store(true, Ordering::SeqCst);
-        self.fire(VIRTIO_MMIO_INT_CONFIG);
-    }
-
-    fn host_failed(&self, sentence: String) {
-        self.ending.report(Cause::Failed(sentence));
-    }
-}
-
 /// One device behind its registers.
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
@@ -191,13 +154,7 @@ impl MmioTransport {
         Ok(Self {
             device,
             memory,
-            interrupt: Arc::new(MmioInterrupt {
-                status: AtomicU32::new(0),
-                generation: AtomicU32::new(0),
-                needs_reset: AtomicBool::new(false),
-                irq,
-                ending,
-            }),
+            interrupt: Arc::new(MmioInterrupt::new(irq, ending)),
             phase: Phase::Reset,
             device_features_page: 0,
             driver_features_page: 0,
@@ -254,14 +211,14 @@ impl MmioTransport {
                 self.queue().map_or(0, |queue| u32::from(queue.max_size()))
             }
             VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |queue| u32::from(queue.ready())),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             VIRTIO_MMIO_STATUS => self.status(),
             // No shared memory regions: length and base of any are all ones (4.2.2.1).
             VIRTIO_MMIO_SHM_LEN_LOW
             | VIRTIO_MMIO_SHM_LEN_HIGH
             | VIRTIO_MMIO_SHM_BASE_LOW
             | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation.load(Ordering::SeqCst),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(),
             _ => 0,
         }
     }
@@ -275,9 +232,7 @@ impl MmioTransport {
             }
             VIRTIO_MMIO_QUEUE_SEL => self.queue_selected = value,
             VIRTIO_MMIO_QUEUE_NOTIFY => self.notify(value),
-            VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
-            }
+            VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
             VIRTIO_MMIO_STATUS => self.write_status(value),
             _ if self.phase == Phase::Features => self.write_queue_register(register, value),
             _ => tracing::debug!(register, value, phase = ?self.phase, "register write dropped"),
@@ -323,7 +278,7 @@ impl MmioTransport {
     }
 
     fn status(&self) -> u32 {
-        if self.interrupt.needs_reset.load(Ordering::SeqCst) {
+        if self.interrupt.needs_reset() {
             self.phase.status() | VIRTIO_CONFIG_S_NEEDS_RESET
         } else {
             self.phase.status()
@@ -406,14 +361,8 @@ impl MmioTransport {
     /// A queue of its own for the device, if all of its three areas lie in guest memory.
     fn checked(&self, queue: &Queue, event_idx: bool) -> Option<Queue> {
         let memory = self.memory.memory();
-        let size = usize::from(queue.size());
-        // virtio 1.2, 2.7: 16 bytes a descriptor; flags, index and an event word around 2 or 8 bytes an entry.
-        let areas = [
-            (queue.desc_table(), 16 * size),
-            (queue.avail_ring(), 6 + 2 * size),
-            (queue.used_ring(), 6 + 8 * size),
-        ];
-        let inside = areas
+        let rings = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
+        let inside = areas(queue.size(), rings)
             .iter()
             .all(|(addr, len)| *addr != 0 && memory.check_range(GuestAddress(*addr), *len));
         let mut active = Queue::try_from(queue.state()).ok()?;
@@ -429,8 +378,7 @@ impl MmioTransport {
         self.device_features_page = 0;
         self.driver_features_page = 0;
         self.queue_selected = 0;
-        self.interrupt.needs_reset.store(false, Ordering::SeqCst);
-        self.interrupt.status.store(0, Ordering::SeqCst);
+        self.interrupt.reset();
         self.phase = Phase::Reset;
     }
 }

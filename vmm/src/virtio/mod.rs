@@ -17,6 +17,7 @@ pub(crate) mod testing;
 pub mod vsock;
 pub mod worker;
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -86,6 +87,14 @@ pub trait Interrupt: Send + Sync {
     fn signal_failed(&self);
     /// The host refused what the device needs, in a sentence: the VM ends, since its guest could only wait.
     fn host_failed(&self, sentence: String);
+    /// The event by which someone outside of this process, who uses buffers in the device's place, interrupts the driver. Until the
+    /// device is reset, the driver looks at its queues at every interrupt then, since nobody can tell it what an interrupt was for.
+    ///
+    /// # Errors
+    /// There is no such event, or no descriptor to be had for it.
+    fn queue_event(&self) -> io::Result<EventFd> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// Why a device did not start.
@@ -101,13 +110,13 @@ pub enum ActivateError {
         what: String,
         /// Why it failed.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
 impl ActivateError {
     /// What the host refused while `what` was being done.
-    pub fn host(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+    pub fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let what = what.into();
         move |source| Self::Host { what, source }
     }

@@ -10,6 +10,8 @@
 //! - `features`: what is offered, and what of it is the tap's to do.
 //! - `link`: the tap, whether the driver is up, and which queues are in use; what device, handle and threads share.
 //! - `tap`: a checked tap; `ioctl` and `io` are its system calls.
+//! - `vhost`: the host's kernel in place of the threads, where it has vhost-net. The control queue stays here, and so do queues without
+//!   a tap.
 //! - `pair`: the thread of a pair of queues; `rx`, `tx` and `ctrl` are what it does with each.
 
 mod ctrl;
@@ -21,6 +23,7 @@ mod pair;
 mod rx;
 mod tap;
 mod tx;
+mod vhost;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -35,6 +38,7 @@ use self::rx::Rx;
 pub use self::tap::TapError;
 use self::tap::Taps;
 use self::tx::Tx;
+pub use self::vhost::{Vhost, VhostError};
 use super::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice, read_bytes};
 
@@ -173,7 +177,7 @@ impl VirtioDevice for Net {
         let features = activation.features;
         let (pairs, wakes) = self.take_queues(activation)?;
         let driver = Driver {
-            offloads: features::offloads(features),
+            features,
             interrupt: Arc::clone(&interrupt),
             wakes,
         };
@@ -200,18 +204,19 @@ impl VirtioDevice for Net {
 }
 
 impl NicHandle {
-    /// Connects the device to a tap, by a descriptor for each of the tap's queues: the guest sees its link come up.
+    /// Connects the device to a tap, by a descriptor for each of the tap's queues: the guest sees its link come up. `vhosts` carry
+    /// the packets, where there is one for each of those queues; none at all, and this process does.
     ///
     /// # Errors
     /// [`AttachError`]; the device is as it was then.
-    pub fn attach(&self, fds: Vec<OwnedFd>) -> Result<(), AttachError> {
+    pub fn attach(&self, fds: Vec<OwnedFd>, vhosts: Vec<Vhost>) -> Result<(), AttachError> {
         if fds.is_empty() || fds.len() > usize::from(self.pairs) {
             return Err(AttachError::Count {
                 given: fds.len(),
                 most: self.pairs,
             });
         }
-        self.link.attach(Taps::adopt(fds)?)
+        self.link.attach(Taps::adopt(fds)?, vhosts)
     }
 }
 

@@ -6,6 +6,8 @@
 //! device stops and asks for a reset. After that no descriptor is read again: a guest that rewrites
 //! its table while the device works changes nothing.
 
+mod lend;
+
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -17,6 +19,7 @@ use virtio_queue::{Error as RingError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::lend::areas;
 use super::{ActiveQueue, Interrupt};
 
 /// What every queue here can do; the transport offers it for each device.
@@ -60,6 +63,14 @@ pub enum QueueError {
         head: u16,
         /// What was expected.
         what: &'static str,
+    },
+    /// Who works on it in the device's place does not say more.
+    #[error(
+        "queue {queue}, or the other of its pair: the host's kernel finds ring or chain broken"
+    )]
+    Lent {
+        /// Queue index.
+        queue: u16,
     },
 }
 

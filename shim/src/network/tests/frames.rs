@@ -4,13 +4,13 @@ use std::{
     fs::File,
     io::{ErrorKind, Read as _, Write as _},
     net::UdpSocket,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::AsFd as _,
 };
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{LIMIT, netns::Netns, network_at, network_of};
-use crate::network::{Network, NetworkError};
+use crate::network::{Network, NetworkError, tap::Queues};
 use serde_json::json;
 
 /// `struct virtio_net_hdr` without the number of buffers: what a tap has in front of a frame unless told otherwise.
@@ -23,8 +23,8 @@ const PATIENCE: u16 = 20_000;
 struct Guest(Vec<File>);
 
 impl Guest {
-    fn new(mut taps: Vec<Vec<OwnedFd>>) -> Self {
-        Self(taps.remove(0).into_iter().map(File::from).collect())
+    fn new(mut taps: Vec<Queues>) -> Self {
+        Self(taps.remove(0).taps.into_iter().map(File::from).collect())
     }
 
     /// The next frame that is the one wanted; the kernel's own IPv6 chatter is not.

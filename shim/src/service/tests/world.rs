@@ -36,6 +36,7 @@ use crate::{
     context::ShimContext,
     error::TaskError,
     events::Publisher,
+    network::tap::Queues,
     pod::Keeper,
     service::{SandboxService, TaskService, Tasks},
     share::Share,
@@ -497,8 +498,8 @@ impl Machine for FakeVmm {
         })
     }
 
-    async fn attach_nic(&self, nic: u8, taps: Vec<OwnedFd>) -> Result<(), VmError> {
-        self.taps.lock().unwrap().push((nic, taps));
+    async fn attach_nic(&self, nic: u8, queues: Queues) -> Result<(), VmError> {
+        self.taps.lock().unwrap().push((nic, queues.taps));
         Ok(())
     }
 

@@ -3,6 +3,7 @@ use std::sync::Mutex;
 use proptest::prelude::*;
 
 use super::*;
+use crate::ending::Cause;
 use crate::virtio::testing::{Guest, eventfd, memory};
 use crate::virtio::{ActivateError, read_bytes};
 
@@ -223,6 +224,37 @@ fn what_the_host_refuses_ends_the_vm() {
     activation.interrupt.host_failed("it rains".into());
     assert_eq!(guest.status(), 15);
     assert_eq!(guest.ending.cause(), Some(Cause::Failed("it rains".into())));
+}
+
+#[test]
+fn a_driver_whose_interrupts_come_from_outside_always_looks_at_its_queues() {
+    let probe = Probe::default();
+    let mut guest = Guest::start(Box::new(probe.clone()), 16);
+    let interrupt = |probe: &Probe| {
+        let record = probe.0.lock().unwrap();
+        Arc::clone(&record.activated.as_ref().unwrap().interrupt)
+    };
+    assert_eq!(guest.read32(0x60), 0);
+    let event = interrupt(&probe).queue_event().unwrap();
+    event.write(1).unwrap();
+    for _ in 0..2 {
+        assert_eq!(guest.read32(0x60), 1);
+        // It is the driver's interrupt line, and what the driver acknowledges comes again.
+        guest.wait_interrupt();
+        event.write(1).unwrap();
+    }
+    // A change of the configuration is still seen, and only once.
+    interrupt(&probe).signal_config();
+    assert_eq!(guest.read32(0x60), 3);
+    guest.wait_interrupt();
+    assert_eq!(guest.read32(0x60), 1);
+    // It ends with the device's reset.
+    guest.bring_up(16);
+    assert_eq!(guest.read32(0x60), 0);
+    interrupt(&probe).signal_queue(0);
+    assert_eq!(guest.read32(0x60), 1);
+    guest.wait_interrupt();
+    assert_eq!(guest.read32(0x60), 0);
 }
 
 #[test]

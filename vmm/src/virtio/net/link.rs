@@ -4,14 +4,14 @@
 //! accepted, every thread is woken to look at [`Link::path`], and the driver hears of its link. The lock is held for a few
 //! system calls and never while anyone waits for a thread.
 
-use std::os::raw::c_uint;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::AttachError;
 use super::tap::{Tap, TapError, Taps};
+use super::vhost::Vhost;
+use super::{AttachError, features};
 use crate::virtio::{Interrupt, may_log_about_guest};
 
 /// Packets that were not carried, of one direction.
@@ -36,8 +36,8 @@ impl Dropped {
 
 /// A driver that is up.
 pub struct Driver {
-    /// What the tap may leave to it.
-    pub offloads: c_uint,
+    /// What it has accepted.
+    pub features: u64,
     /// The way to it.
     pub interrupt: Arc<dyn Interrupt>,
     /// Wakes the thread of each pair.
@@ -49,6 +49,8 @@ struct State {
     /// Pairs of queues that the driver uses.
     pairs: u16,
     taps: Option<Taps>,
+    /// One for each of the tap's queues, or none at all.
+    vhosts: Vec<Arc<Vhost>>,
     driver: Option<Driver>,
 }
 
@@ -63,8 +65,14 @@ impl State {
     /// Sets the tap up for the driver, if both are there.
     fn match_up(&mut self) -> Result<(), TapError> {
         if let (Some(taps), Some(driver)) = (&mut self.taps, &self.driver) {
-            taps.set_offloads(driver.offloads)?;
+            taps.set_offloads(features::offloads(driver.features))?;
             taps.use_queues(self.pairs.into())?;
+            let told = |vhost: &Arc<Vhost>| vhost.set_driver(driver.features);
+            if let Err(error) = self.vhosts.iter().try_for_each(told) {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "vhost-net is not used");
+                self.vhosts.clear();
+            }
         }
         self.wake();
         Ok(())
@@ -87,6 +95,17 @@ pub struct Path {
     pub tap: Arc<Tap>,
     /// What comes out of it is this pair's.
     pub receives: bool,
+    /// Who may carry them in this process's place. For a pair that has a queue of the tap's to itself.
+    pub vhost: Option<Arc<Vhost>>,
+}
+
+impl Path {
+    /// Whether the packets take the same way.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.tap, &other.tap)
+            && self.receives == other.receives
+            && self.vhost.is_some() == other.vhost.is_some()
+    }
 }
 
 impl Link {
@@ -97,6 +116,7 @@ impl Link {
                 mac,
                 pairs: 1,
                 taps: None,
+                vhosts: Vec::new(),
                 driver: None,
             }),
             received_dropped: Dropped::default(),
@@ -122,22 +142,30 @@ impl Link {
 
     /// Where the packets of this pair go; `None` without a link.
     pub fn path(&self, pair: usize) -> Option<Path> {
-        let (tap, receives) = self.lock().taps.as_ref()?.for_pair(pair)?;
-        Some(Path { tap, receives })
+        let state = self.lock();
+        let (tap, receives) = state.taps.as_ref()?.for_pair(pair)?;
+        let vhost = receives.then(|| state.vhosts.get(pair).cloned()).flatten();
+        Some(Path {
+            tap,
+            receives,
+            vhost,
+        })
     }
 
-    /// Connects the tap.
+    /// Connects the tap; `vhosts` carry its packets, where there is one for each of its queues.
     ///
     /// # Errors
     /// There is one already, or it cannot be set up for the driver; nothing is connected then.
-    pub fn attach(&self, taps: Taps) -> Result<(), AttachError> {
+    pub fn attach(&self, taps: Taps, vhosts: Vec<Vhost>) -> Result<(), AttachError> {
         let mut state = self.lock();
         if state.taps.is_some() {
             return Err(AttachError::Attached);
         }
         state.taps = Some(taps);
+        state.vhosts = vhosts.into_iter().map(Arc::new).collect();
         if let Err(error) = state.match_up() {
             state.taps = None;
+            state.vhosts.clear();
             return Err(error.into());
         }
         if let Some(driver) = &state.driver {

@@ -109,6 +109,11 @@ impl Rx {
         &self.queue
     }
 
+    /// The queue.
+    pub fn queue_mut(&mut self) -> &mut DeviceQueue {
+        &mut self.queue
+    }
+
     /// Carries packets from `tap` until something stands in the way.
     ///
     /// # Errors

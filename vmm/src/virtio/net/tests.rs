@@ -29,7 +29,7 @@ fn connected(refused: &[u32]) -> (Guest, NicHandle, Wire) {
     let refused = refused.iter().fold(0, |all, bit| all | 1u64 << bit);
     let (net, handle) = Net::new(ADDRESS, 1);
     let guest = Guest::start_without(refused, Box::new(net), QUEUE_SIZE);
-    handle.attach(tap("tap0", 1)).unwrap();
+    handle.attach(tap("tap0", 1), vec![]).unwrap();
     (guest, handle, Wire::new("tap0", EXPERIMENT))
 }
 

@@ -40,6 +40,11 @@ impl Tx {
         &self.queue
     }
 
+    /// The queue.
+    pub fn queue_mut(&mut self) -> &mut DeviceQueue {
+        &mut self.queue
+    }
+
     /// Carries packets to `tap` until something stands in the way. Without a tap they go nowhere, as on a cable that is not
     /// plugged in.
     ///

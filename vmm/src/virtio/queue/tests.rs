@@ -274,6 +274,39 @@ fn the_driver_is_notified_of_what_it_wishes_to_hear_of() {
     assert_eq!(notifications(true, u16::MAX - 1, 0, &[2]), 0);
 }
 
+#[test]
+fn a_queue_goes_on_where_somebody_else_has_stopped() {
+    let memory = memory();
+    let mock = MockSplitQueue::new(&memory, SIZE);
+    let mut active = mock.create_queue::<Queue>().unwrap();
+    // The mock's rings overlap.
+    active.set_used_ring_address(Some(A as u32), None);
+    for head in 0..3u16 {
+        let descriptor = RawDescriptor::from(Descriptor::new(2 * A, 10, 0, 0));
+        mock.desc_table().store(head, descriptor).unwrap();
+        mock.avail().ring().ref_at(head.into()).unwrap().store(head);
+    }
+    mock.avail().idx().store(3);
+    let active = ActiveQueue {
+        queue: active,
+        kick: eventfd(),
+    };
+    let counter = Arc::new(Counter::default());
+    let mut queue = DeviceQueue::new(active, 0, 100, Arc::clone(&counter) as Arc<dyn Interrupt>);
+    // Of which the other has taken two and given one back.
+    let used_index = GuestAddress(A + 2);
+    memory.write_obj(1u16.to_le(), used_index).unwrap();
+    queue.resume(&memory, 2).unwrap();
+    assert_eq!(counter.0.load(Ordering::SeqCst), 1, "in case it was not");
+    let chain = queue.pop(&memory).unwrap().unwrap();
+    assert_eq!(chain.head, 2);
+    assert!(queue.pop(&memory).unwrap().is_none());
+    queue.push_used(&memory, 2, 0).unwrap();
+    let entry: [u32; 2] = memory.read_obj(GuestAddress(A + 4 + 8)).unwrap();
+    assert_eq!(entry, [2, 0], "behind the other's");
+    assert_eq!(memory.read_obj::<u16>(used_index).unwrap(), 2);
+}
+
 /// Addresses near what matters: in memory, at the edges of regions, in the gap, and anywhere.
 fn address() -> impl Strategy<Value = u64> {
     let edges: Vec<u64> = REGIONS

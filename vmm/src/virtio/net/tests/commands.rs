@@ -41,7 +41,7 @@ fn the_control_queue_follows_the_pairs_that_the_driver_knows_of() {
 fn packets_come_only_to_pairs_in_use() {
     namespace();
     let (mut guest, handle) = device(2);
-    handle.attach(tap("tap0", 2)).unwrap();
+    handle.attach(tap("tap0", 2), vec![]).unwrap();
     let wire = Wire::new("tap0", EXPERIMENT);
     let pairs = |guest: &mut Guest, count: u8| command(guest, 4, &[4, 0, count, 0]);
     for refused in [0, 3] {
@@ -89,7 +89,7 @@ fn packets_come_only_to_pairs_in_use() {
 fn a_tap_with_fewer_queues_serves_every_pair() {
     namespace();
     let (mut guest, handle) = device(2);
-    handle.attach(tap("tap0", 1)).unwrap();
+    handle.attach(tap("tap0", 1), vec![]).unwrap();
     let wire = Wire::new("tap0", EXPERIMENT);
     assert_eq!(command(&mut guest, 4, &[4, 0, 2, 0]), 0);
     offer(&mut guest, 0, 100);

@@ -8,10 +8,10 @@ fn the_link_comes_up_with_the_tap_and_the_driver_is_told() {
     let (mut guest, handle) = device(1);
     assert_eq!(config(&mut guest), (ADDRESS, 0, 1));
     namespace();
-    handle.attach(tap("tap0", 1)).unwrap();
+    handle.attach(tap("tap0", 1), vec![]).unwrap();
     guest.wait_interrupt();
     assert_eq!(config(&mut guest), (ADDRESS, 1, 1));
-    let again = handle.attach(tap("tap1", 1)).unwrap_err();
+    let again = handle.attach(tap("tap1", 1), vec![]).unwrap_err();
     assert!(matches!(again, AttachError::Attached), "{again}");
 }
 
@@ -19,7 +19,7 @@ fn the_link_comes_up_with_the_tap_and_the_driver_is_told() {
 fn the_tap_may_come_before_the_driver_and_stays_over_a_reset() {
     namespace();
     let (net, handle) = Net::new(ADDRESS, 1);
-    handle.attach(tap("tap0", 1)).unwrap();
+    handle.attach(tap("tap0", 1), vec![]).unwrap();
     let wire = Wire::new("tap0", EXPERIMENT);
     let mut guest = Guest::start(Box::new(net), QUEUE_SIZE);
     for turn in 0..3 {
@@ -31,6 +31,30 @@ fn the_tap_may_come_before_the_driver_and_stays_over_a_reset() {
         wire.send(&PLAIN, &sent);
         assert_eq!(packet(&mut guest, RX).2, sent);
         guest.bring_up(QUEUE_SIZE);
+    }
+}
+
+#[test]
+fn a_vhost_that_refuses_the_driver_is_done_without() {
+    for driver_first in [true, false] {
+        namespace();
+        let (net, handle) = Net::new(ADDRESS, 1);
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let memory = crate::virtio::GuestMemory::new(crate::virtio::testing::memory());
+        let vhosts = vec![Vhost::unchecked(null.into(), memory)];
+        let mut guest = Guest::new(Box::new(net), crate::virtio::testing::memory());
+        if driver_first {
+            guest.bring_up(QUEUE_SIZE);
+        }
+        handle.attach(tap("tap0", 1), vhosts).unwrap();
+        if !driver_first {
+            guest.bring_up(QUEUE_SIZE);
+        }
+        let wire = Wire::new("tap0", EXPERIMENT);
+        let sent = frame(EXPERIMENT, b"hello");
+        transmit(&mut guest, &sent);
+        assert_eq!(wire.receive(), sent);
+        assert_eq!((guest.status(), guest.ending.cause()), (15, None));
     }
 }
 
@@ -53,7 +77,7 @@ fn what_is_not_the_devices_tap_is_refused() {
     let (_, handle) = Net::new(ADDRESS, 2);
     let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
     let says = |fds: Vec<OwnedFd>, text: &str| {
-        let error = handle.attach(fds).unwrap_err();
+        let error = handle.attach(fds, vec![]).unwrap_err();
         assert!(crate::sentence(&error).contains(text), "{error}");
     };
     says(vec![], "1 to 2");
@@ -72,5 +96,5 @@ fn what_is_not_the_devices_tap_is_refused() {
     fds.extend(host::tap("g", 2).pop());
     says(fds, "belong to f and g");
     // None of which has spoilt the device.
-    handle.attach(host::tap("h", 2)).unwrap();
+    handle.attach(host::tap("h", 2), vec![]).unwrap();
 }

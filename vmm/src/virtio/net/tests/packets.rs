@@ -109,7 +109,7 @@ fn a_guest_without_the_offload_gets_segments() {
 fn offloads_follow_each_negotiation() {
     namespace();
     let (net, handle) = Net::new(ADDRESS, 1);
-    handle.attach(tap("tap0", 1)).unwrap();
+    handle.attach(tap("tap0", 1), vec![]).unwrap();
     let wire = Wire::new("tap0", IPV4);
     let (header, sent) = large_segment(&[1; 14_480], 1448);
     let mut guest = Guest::start(Box::new(net), QUEUE_SIZE);
@@ -145,7 +145,7 @@ fn a_small_queue_that_is_full_serves_what_fits_it() {
     namespace();
     let (net, handle) = Net::new(ADDRESS, 1);
     let mut guest = Guest::start(Box::new(net), 4);
-    handle.attach(tap("tap0", 1)).unwrap();
+    handle.attach(tap("tap0", 1), vec![]).unwrap();
     let wire = Wire::new("tap0", EXPERIMENT);
     offer(&mut guest, RX, 4);
     for number in 0..10 {
@@ -257,7 +257,7 @@ fn a_full_tap_is_waited_for() {
     let (ours, tap) = UnixDatagram::pair().unwrap();
     tap.set_nonblocking(true).unwrap();
     let link = Arc::new(Link::new(ADDRESS));
-    link.attach(Taps::unchecked(tap.into())).unwrap();
+    link.attach(Taps::unchecked(tap.into()), vec![]).unwrap();
     let bare = Bare {
         link: Arc::clone(&link),
         worker: None,
