@@ -1,11 +1,9 @@
 //! A running pod's VM grows when its containers are to have more than it has.
 
-use std::{fs, io, path::PathBuf};
-
 use anyhow::{Result, ensure};
 use husk_tests::cri::{PodContainer, container, v1};
 
-use crate::{Test, context::Context, husk_test};
+use crate::{Test, context::Context, husk_test, settings::Settings};
 
 pub const TESTS: &[Test] = &[
     husk_test("an_update_makes_the_vm_grow", update),
@@ -14,38 +12,6 @@ pub const TESTS: &[Test] = &[
 
 /// A machine of the testbed has two CPUs; its VMs may have more.
 const SETTINGS: &str = "max_vcpus = 4\nmax_memory_mib = 2048\nenabled_annotations = [\"max_vcpus\", \"max_memory_mib\"]\n";
-
-/// The node's settings, for as long as this lives.
-struct Settings {
-    path: PathBuf,
-    before: Option<Vec<u8>>,
-}
-
-impl Settings {
-    fn set(text: &str) -> Result<Self> {
-        let path = PathBuf::from("/etc/husk/config.toml");
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        let before = match fs::read(&path) {
-            Ok(before) => Some(before),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(error.into()),
-        };
-        fs::write(&path, text)?;
-        Ok(Self { path, before })
-    }
-}
-
-impl Drop for Settings {
-    fn drop(&mut self) {
-        // A test that follows with the wrong settings says so.
-        let _ = match &self.before {
-            Some(before) => fs::write(&self.path, before),
-            None => fs::remove_file(&self.path),
-        };
-    }
-}
 
 fn resources(mib: i64, cpus: i64) -> v1::LinuxContainerResources {
     v1::LinuxContainerResources {

@@ -35,6 +35,7 @@ mod oci;
 mod pods;
 mod run;
 mod sandbox_api;
+mod settings;
 mod sharing;
 mod signals;
 mod streams;
@@ -116,6 +117,8 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("sharing", false, sharing::TESTS),
     ("features", false, features::TESTS),
     ("net", false, net::TESTS),
+    // They change what the host has.
+    ("net_alone", true, net::ALONE),
     ("bulk", false, net::BULK),
     ("kubelet", false, kubelet::TESTS),
     ("survival", true, survival::TESTS),

@@ -22,6 +22,7 @@ use crate::{
 };
 
 mod tables;
+mod vhost;
 
 pub const TESTS: &[Test] = &[
     test("a_pod_has_what_cni_left", as_cni_left_it),
@@ -37,6 +38,12 @@ pub const TESTS: &[Test] = &[
     test("without_a_network_there_is_loopback", loopback),
     husk_test("a_network_that_comes_later", late),
     husk_test("the_hosts_network_is_refused", host_network),
+];
+
+/// What changes the host's settings or devices.
+pub const ALONE: &[Test] = &[
+    husk_test("the_hosts_kernel_carries_the_packets", vhost::carried).needs(vhost::DEVICE),
+    husk_test("without_vhost_net_the_vmm_does", vhost::missing).needs(vhost::DEVICE),
 ];
 
 /// What takes minutes in the testbed, and asks nothing of containerd.
