@@ -2,6 +2,8 @@
 
 use std::{fs, path::PathBuf};
 
+use husk_tests::containerd::Containerd;
+
 use super::*;
 use crate::settings::Settings;
 
@@ -44,6 +46,20 @@ fn wakes(carriers: &[PathBuf]) -> Result<u64> {
     wakes.sum()
 }
 
+/// Whether the log says that this is who carries the packets of the pods that have come since it had this length.
+fn is_logged(containerd: &Containerd, length: usize, carrier: &str) -> Result<()> {
+    wait::until("the log to say who carries the packets", || {
+        let log = containerd.log_since(length);
+        let line = log
+            .lines()
+            .find(|line| line.contains("a network device is connected"))?;
+        let said = line.split_once("carrier=")?.1;
+        // In quotes, of one log or of two.
+        let said = said.trim_start_matches(['\\', '"']);
+        said.starts_with(carrier).then_some(())
+    })
+}
+
 fn traffic(main: &PodContainer<'_>, ip: &str) -> Result<()> {
     main.exec(&["ping", "-c", "3", "-W", "30", GATEWAY])?.ok()?;
     host::run(&["ping", "-c", "3", "-W", "30", ip])?;
@@ -81,7 +97,8 @@ ip link set eth0 up
 /// With two pairs of queues, in a pod with two vCPUs.
 pub fn carried(suite: &Context) -> Result<()> {
     let _settings = Settings::set("max_vcpus = 2\n")?;
-    let cri = suite.cri()?;
+    let (containerd, cri) = suite.cri_and_containerd()?;
+    let length = containerd.log().len();
     let mut config = cri.pod_config();
     let linux = config.linux.get_or_insert_default();
     linux.security_context.get_or_insert_default().privileged = true;
@@ -96,6 +113,7 @@ pub fn carried(suite: &Context) -> Result<()> {
     linux.security_context.get_or_insert_default().privileged = true;
     let main = pod.start(config)?;
     let (ip, vmm) = (address(&pod)?, vmm_of(&pod)?);
+    is_logged(containerd, length, "vhost-net")?;
     for turn in ["from the start", "after the driver has started anew"] {
         let threads = carriers(vmm)?;
         ensure!(
@@ -134,7 +152,10 @@ impl Drop for Hidden {
 
 pub fn missing(suite: &Context) -> Result<()> {
     let _hidden = Hidden::new(DEVICE)?;
-    let pod = suite.cri()?.pod()?;
+    let (containerd, cri) = suite.cri_and_containerd()?;
+    let length = containerd.log().len();
+    let pod = cri.pod()?;
+    is_logged(containerd, length, "husk-vmm")?;
     let main = pod.start(container(&SLEEP))?;
     let vmm = vmm_of(&pod)?;
     ensure!(opened(vmm)? == 0 && carriers(vmm)?.is_empty());
