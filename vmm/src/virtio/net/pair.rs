@@ -55,7 +55,7 @@ pub struct Pair {
 struct Loan {
     vhost: Arc<Vhost>,
     /// Signalled when the driver has broken one; kept open to be waited for.
-    _broken: EventFd,
+    broken: EventFd,
 }
 
 impl Drop for Loan {
@@ -119,15 +119,13 @@ impl Pair {
         poll.add(broken.as_raw_fd(), EventSet::IN, BROKEN)
             .map_err(host("waiting for vhost-net"))?;
         let queues = [self.rx.queue(), self.tx.queue()];
-        let started = vhost.start(&path.tap, queues, &broken);
+        let loan = Loan { vhost, broken };
+        let started = loan.vhost.start(&path.tap, queues, &loan.broken);
         for queue in queues {
             poll.remove(queue.kick().as_raw_fd())
                 .map_err(host("waiting for the queues no more"))?;
         }
-        self.lent = Some(Loan {
-            vhost,
-            _broken: broken,
-        });
+        self.lent = Some(loan);
         let Err(error) = started else {
             return Ok(());
         };
