@@ -144,9 +144,10 @@ fn main() -> ExitCode {
     let words: Vec<String> = env::args().skip(1).collect();
     // Runs inside a container.
     if let [name, dir] = words.as_slice() {
-        let workload = match name.as_str() {
-            "watch-workload" => Some(volumes::watch_workload as fn(&Path) -> Result<()>),
-            "map-workload" => Some(features::map_workload as fn(&Path) -> Result<()>),
+        let workload: Option<fn(&Path) -> Result<()>> = match name.as_str() {
+            "watch-workload" => Some(volumes::watch_workload),
+            "read-ahead-workload" => Some(survival::read_ahead_workload),
+            "map-workload" => Some(features::map_workload),
             _ => None,
         };
         if let Some(workload) = workload {
