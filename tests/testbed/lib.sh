@@ -100,7 +100,7 @@ forget_dead() {
 # new_state DIR: lay out an outer machine's state directory.
 new_state() {
     mkdir -p "$1/ctl/jobs" "$1/out"
-    mkfifo "$1/jobs.in" "$1/jobs.out"
+    mkfifo "$1"/{jobs,monitor}.{in,out}
 }
 
 # qemu_command STATE IMAGE PAYLOAD OUT MEM SMP [EXTRA…]: fills the array QEMU.
@@ -121,6 +121,7 @@ qemu_command() {
         -drive "if=none,id=root,file=$image/root.ext4,format=raw,snapshot=on,discard=unmap"
         -device virtio-blk-pci,drive=root
         -chardev "file,id=serial,path=$state/serial.log" -serial chardev:serial
+        -chardev "pipe,id=monitor,path=$state/monitor" -mon chardev=monitor
         -device virtio-serial-pci
         -chardev "pipe,id=jobs,path=$state/jobs" -device virtserialport,chardev=jobs,name=jobs
         -fsdev "local,id=ctl,path=$state/ctl,security_model=none"
@@ -289,6 +290,19 @@ follow() {
     else
         JOB_STATUS=died
     fi
+}
+
+# show_processors STATE: what a stalled machine's processors are at. Two looks tell whether they move.
+show_processors() {
+    local look line
+    exec 8<>"$1/monitor.out"
+    say "--- its processors, as QEMU has them ---"
+    for look in "info registers -a" "info lapic" "info registers -a"; do
+        echo "$look" >"$1/monitor.in"
+        while read -rt 2 -u 8 line; do
+            [[ $line =~ ^(CPU#|R[A-Z0-9]+ *=|[CE]S =|CR|EFER|dumping|LVT|Timer|SPIV|I[SR]R|PPR) ]] && printf '%s\n' "${line%$'\r'}" >&2
+        done
+    done
 }
 
 # show_console STATE LINES: the outer machine's own last words.
