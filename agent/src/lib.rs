@@ -3,7 +3,8 @@
 //! One thread does everything but what can block, which has others for a moment. `boot` makes the guest a place to run
 //! containers in, `dial` connects to the host, `service` answers its calls: `sandbox` and `net` for those about the guest,
 //! `containers` for those about containers, each a `container` (its set-up) with its `process`es and their `stream`s; `volume` for
-//! the directories of the host's that are copied; `forward` for port-forwards; `users` for a pod with users of its own. `reaper` learns how processes end, `events` what happens unasked.
+//! the directories of the host's that are copied; `forward` for port-forwards; `users` for a pod with users of its own; `share` for what was
+//! the host's and has gone. `reaper` learns how processes end, `events` what happens unasked.
 
 pub mod boot;
 pub mod cgroup;
@@ -29,6 +30,7 @@ pub mod reaper;
 pub mod runtime;
 pub mod sandbox;
 pub mod service;
+pub mod share;
 pub mod stats;
 pub mod stream;
 pub mod terminal;

@@ -35,6 +35,7 @@ use crate::polled::Polled;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
 use crate::sandbox::{self, Milestones};
+use crate::share;
 use crate::users;
 use crate::volume::{self, Volumes};
 
@@ -313,7 +314,12 @@ impl<R: Runtime> Agent for Service<R> {
         request: ContainerRequest,
     ) -> ttrpc::Result<Empty> {
         let containers = Arc::clone(&self.containers);
-        to_its_end(async move { containers.delete(&request.container_id).await }).await?;
+        to_its_end(async move {
+            containers.delete(&request.container_id).await?;
+            share::forget(&request.container_id);
+            Ok(())
+        })
+        .await?;
         Ok(Empty::new())
     }
 

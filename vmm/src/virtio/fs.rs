@@ -19,7 +19,8 @@
 //! Where a pod outlives a container, the order that leaves nothing behind is: the agent unmounts its bind mount *and* the
 //! announced submount, whereupon the guest forgets all inodes below but the submount's root, which its parent's entry still
 //! names; the shim unmounts with `MNT_DETACH`; and the next time the guest looks the path up, a second or more later, it finds
-//! the entry stale and forgets that one too.
+//! the entry stale and forgets that one too. The agent does look (`agent/src/share.rs`). Under [`CachePolicy::Always`] the entry stays
+//! good, so there the disk's room comes back with the end of the pod.
 
 mod memory;
 mod pool;

@@ -63,12 +63,14 @@ pub fn full(suite: &Context) -> Result<()> {
     writer.exec(&["true"])?.ok()?;
     disk.give_the_rest_back()?;
 
-    // What goes makes room again: a file at once, the rest with its pod.
+    // What goes makes room again: a file, a container, a pod.
     writer.exec(&["rm", "/big"])?.ok()?;
     room_again(&disk)?;
     ensure!(pod.sh("echo again >/file; cat /file")?.ok()? == "again");
     writer.sh(FILL)?;
-    other.exec(&["true"])?.ok()?;
+    writer.remove()?;
+    room_again(&disk)?;
+    other.sh(FILL)?;
     drop(pod);
     room_again(&disk)?;
     before.restored()
