@@ -257,7 +257,7 @@ await_ready() {
 }
 
 # A machine that has not written to ctl/alive for so long, in seconds, has stalled; it does every few seconds.
-STALLED=180
+STALLED=120
 
 # follow STATE JOB DEADLINE: stream the job's output to stdout until it ends; sets JOB_STATUS to
 # its exit code, or to `timeout`, `died` or `stalled`. DEADLINE is in SECONDS' terms.
