@@ -47,6 +47,8 @@ pub struct Config {
     pub cache: CachePolicy,
     /// Appended to the guest kernel's command line.
     pub kernel_params: String,
+    /// The host's kernel carries pods' packets, where it can.
+    pub vhost_net: bool,
     /// The guest logs its boot on the serial console, into the shim's log. Slow.
     pub debug_console: bool,
     /// What the shim logs.
@@ -92,6 +94,7 @@ struct File {
     grow_memory_mib: Option<Spanned<i64>>,
     cache: Option<CachePolicy>,
     kernel_params: Option<String>,
+    vhost_net: Option<bool>,
     debug_console: Option<bool>,
     log_level: Option<LogLevel>,
     state_dir: Option<Spanned<PathBuf>>,
@@ -152,6 +155,7 @@ impl Default for Config {
             grow_memory_mib: 0,
             cache: CachePolicy::Auto,
             kernel_params: String::new(),
+            vhost_net: true,
             debug_console: false,
             log_level: LogLevel::Info,
             state_dir: PathBuf::from("/run/husk"),
@@ -239,6 +243,7 @@ impl Config {
         }
         config.cache = file.cache.unwrap_or(config.cache);
         config.kernel_params = file.kernel_params.unwrap_or(config.kernel_params);
+        config.vhost_net = file.vhost_net.unwrap_or(config.vhost_net);
         config.debug_console = file.debug_console.unwrap_or(config.debug_console);
         config.log_level = file.log_level.unwrap_or(config.log_level);
         config.enabled_annotations = file

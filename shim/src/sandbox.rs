@@ -323,6 +323,7 @@ impl Sandbox {
     ) -> Result<(PodSpec, Arc<Network>), VmError> {
         let id = self.id.clone();
         let of_task = format!("/proc/{vmm}/ns/net");
+        let vhost = self.config.vhost_net;
         let fills_any = network::fills_new_namespace(&self.namespace);
         let read = tokio::task::spawn_blocking(move || {
             let pod = source.load().map_err(|e| VmError::Other(chain(&e)))?;
@@ -330,7 +331,7 @@ impl Sandbox {
             let is_filled = fills_any || pod.users.is_some();
             let of_task = is_filled.then(|| Path::new(&of_task));
             let network = Network::of_pod(&pod, &id, of_task)?;
-            Ok((pod, Arc::new(network)))
+            Ok((pod, Arc::new(network.with_vhost(vhost))))
         });
         read.await
             .map_err(|e| VmError::Other(format!("cannot read what the pod is: {e}")))?

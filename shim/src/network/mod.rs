@@ -112,6 +112,8 @@ pub struct Network {
     /// `None`: the pod has nothing but loopback.
     namespace: Option<Namespace>,
     pod: String,
+    /// The host's kernel carries the packets, where it can.
+    vhost: bool,
     /// Interfaces whose frames were taken from the host's stack, by index.
     taken: Mutex<Vec<u32>>,
 }
@@ -133,8 +135,15 @@ impl Network {
         Ok(Self {
             namespace,
             pod: pod.to_owned(),
+            vhost: true,
             taken: Mutex::default(),
         })
+    }
+
+    /// The same, with or without the host's vhost-net.
+    #[must_use]
+    pub fn with_vhost(self, vhost: bool) -> Self {
+        Self { vhost, ..self }
     }
 
     /// What is there now, for a VM with `limit` network devices.
@@ -201,6 +210,7 @@ impl Network {
                 number,
                 interface.mtu,
                 queue_pairs(vcpus),
+                self.vhost,
                 &self.pod,
             )
             .await?;

@@ -70,6 +70,7 @@ pub async fn make(
     number: usize,
     mtu: u32,
     queues: u16,
+    vhost: bool,
     pod: &str,
 ) -> Result<Tap, NetworkError> {
     let name = name_of(number);
@@ -93,7 +94,11 @@ pub async fn make(
     let queues = namespace
         .enter("make a tap (/dev/net/tun) in", move || {
             let taps = open(&wanted, queues)?;
-            let vhosts = vhost::open(queues);
+            let vhosts = if vhost {
+                vhost::open(queues)
+            } else {
+                Vec::new()
+            };
             Ok(Queues { taps, vhosts })
         })
         .await?;

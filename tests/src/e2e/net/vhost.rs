@@ -150,8 +150,17 @@ impl Drop for Hidden {
     }
 }
 
+/// The host has none, or the node's settings forbid it.
 pub fn missing(suite: &Context) -> Result<()> {
-    let _hidden = Hidden::new(DEVICE)?;
+    {
+        let _hidden = Hidden::new(DEVICE)?;
+        vmm_carries(suite).context("without the device")?;
+    }
+    let _settings = Settings::set("vhost_net = false\n")?;
+    vmm_carries(suite).context("switched off")
+}
+
+fn vmm_carries(suite: &Context) -> Result<()> {
     let (containerd, cri) = suite.cri_and_containerd()?;
     let length = containerd.log().len();
     let pod = cri.pod()?;
