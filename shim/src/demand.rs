@@ -157,11 +157,15 @@ mod tests {
     }
 
     fn need(demands: &[Demand]) -> Size {
+        need_with(None, demands)
+    }
+
+    fn need_with(huge_pages: Option<u64>, demands: &[Demand]) -> Size {
         let mut all = Demands::default();
         for (id, demand) in demands.iter().enumerate() {
             all.set(&id.to_string(), *demand);
         }
-        all.need(DEFAULT, None)
+        all.need(DEFAULT, huge_pages)
     }
 
     fn size(vcpus: u8, memory_mib: u64) -> Size {
@@ -231,13 +235,7 @@ mod tests {
             container.hints.huge_pages = mib << 20;
             container
         };
-        let need = |huge_pages, demands: &[Demand]| {
-            let mut all = Demands::default();
-            for (id, demand) in demands.iter().enumerate() {
-                all.set(&id.to_string(), *demand);
-            }
-            all.need(DEFAULT, huge_pages).memory_mib
-        };
+        let need = |huge_pages, demands: &[Demand]| need_with(huge_pages, demands).memory_mib;
         let one = 256 + 8 + 64;
         assert_eq!(need(None, &[with_huge(64)]), one + 66);
         assert_eq!(
