@@ -20,7 +20,7 @@ use crate::{
 /// An annotation of the pod that does not count, or has no sense.
 pub fn place_and_size(
     vmm: u32,
-    spec: &PodSpec,
+    mut spec: PodSpec,
     config: &Config,
     pod: &PodDir,
     id: String,
@@ -52,7 +52,6 @@ pub fn place_and_size(
     }
     let limit = cgroup.as_ref().and_then(PodCgroup::memory_limit);
     let huge_pages = cgroup.as_ref().and_then(PodCgroup::huge_pages_limit);
-    let mut spec = spec.clone();
     spec.hints.huge_pages = huge_pages.unwrap_or(spec.hints.huge_pages);
     Ok((plan_for(&spec, config, id, limit)?, cgroup))
 }

@@ -341,9 +341,8 @@ impl Sandbox {
     async fn plan(&self, vmm: u32, spec: &PodSpec) -> Result<LaunchPlan, VmError> {
         let (config, pod, id) = (self.config.clone(), self.pod.clone(), self.id.clone());
         let spec = spec.clone();
-        let planned = tokio::task::spawn_blocking(move || {
-            plan::place_and_size(vmm, &spec, &config, &pod, id)
-        });
+        let planned =
+            tokio::task::spawn_blocking(move || plan::place_and_size(vmm, spec, &config, &pod, id));
         let (plan, cgroup) = planned
             .await
             .map_err(|e| VmError::Other(format!("cannot plan the VM: {e}")))??;
