@@ -20,6 +20,7 @@ use crate::cgroup;
 use crate::cleanup;
 use crate::config::Config;
 use crate::group::Group;
+use crate::pod::Keeper;
 use crate::socket;
 use crate::state::{self, PodDir, PodState, ProcessId};
 
@@ -51,13 +52,17 @@ pub fn delete(args: &Args) -> anyhow::Result<()> {
             .or(state.shim)
             .map_or(0, |process| process.pid.unsigned_abs());
         let shim_alive = state.shim.is_some_and(|shim| shim.is_alive());
-        if shim_alive && pod.sandbox_id() != args.id {
-            if let Err(error) = ask_shim(&state, &args.id) {
-                eprintln!(
-                    "the pod's shim did not give up container {}: {error:#}",
-                    args.id
-                );
-            }
+        let is_sandbox = pod.sandbox_id() == args.id;
+        let goes_on = shim_alive && (!is_sandbox || has_others(args, &state));
+        let given_up = goes_on.then(|| ask_shim(&state, &args.id, !is_sandbox));
+        if let Some(Err(error)) = &given_up {
+            eprintln!(
+                "the pod's shim did not give up container {}: {error:#}",
+                args.id
+            );
+        }
+        // A shim that does not answer takes its pod along.
+        if given_up.is_some_and(|answer| answer.is_ok() || !is_sandbox) {
             let _ = pod.update(|state| {
                 state.containers.remove(&args.id);
             });
@@ -85,6 +90,22 @@ pub fn delete(args: &Args) -> anyhow::Result<()> {
     };
     std::io::stdout().write_all(&response.write_to_bytes()?)?;
     Ok(())
+}
+
+/// Whether containerd still has other containers of this pod, which is a container's own.
+///
+/// It runs `delete` whenever a connection to the shim closes, also after each ordinary Delete of a task. Where all containers of a pod end
+/// together, that of the sandbox container comes among the others': a shim that were killed then would owe them their answers, and
+/// containerd would announce an exit of its own for each, beside the shim's.
+fn has_others(args: &Args, state: &PodState) -> bool {
+    let Some(bundle) = &args.bundle else {
+        return false;
+    };
+    if bundle.exists() && Keeper::of_bundle(bundle) == Keeper::SandboxApi {
+        return false;
+    }
+    let mut others = state.containers.iter().filter(|id| **id != args.id);
+    others.any(|id| bundle.with_file_name(id).exists())
 }
 
 /// The pod of this container: by the bundle's link, by its own id, by the pod that its spec names (a container is made without any `start`
@@ -168,8 +189,8 @@ fn end(process: Option<ProcessId>, what: &str) -> std::io::Result<()> {
     }
 }
 
-/// Has a living shim kill and forget one container, and end if that was its last.
-fn ask_shim(state: &PodState, id: &str) -> anyhow::Result<()> {
+/// Has a living shim kill and forget one container, and, where it `may_end`, end if that was its last.
+fn ask_shim(state: &PodState, id: &str, may_end: bool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -191,11 +212,13 @@ fn ask_shim(state: &PodState, id: &str) -> anyhow::Result<()> {
             ..Default::default()
         };
         let deleted = client.delete(context(), &request).await;
-        let last = ShutdownRequest {
-            id: id.to_owned(),
-            ..Default::default()
-        };
-        let _ = client.shutdown(context(), &last).await;
+        if may_end {
+            let last = ShutdownRequest {
+                id: id.to_owned(),
+                ..Default::default()
+            };
+            let _ = client.shutdown(context(), &last).await;
+        }
         match deleted {
             // It never had the container, or has none any more.
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {

@@ -65,7 +65,9 @@ impl Host {
             .iter()
             .map(|(k, v)| ((*k).into(), (*v).into()))
             .collect();
-        let spec = serde_json::json!({"ociVersion": "1.2.0", "annotations": annotations});
+        let spec = serde_json::json!({
+            "ociVersion": "1.2.0", "annotations": annotations, "root": {"path": "rootfs"},
+        });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle
     }
@@ -310,10 +312,43 @@ fn a_pods_containers_share_its_shim() {
     assert_eq!(host.serving("pod"), shim);
     assert_eq!(host.pod("pod").siblings().len(), 1);
     assert!(host.pod("pod").load().unwrap().containers.contains("c2"));
-    // The pod goes with its sandbox container.
+    // Where all end together, the sandbox container may be the first that containerd is done with.
+    host.delete("pod");
+    assert!(shim.is_alive());
+    host.delete("c2");
+    host.nothing_is_left();
+}
+
+#[test]
+fn a_pod_goes_with_its_sandbox_container_where_that_is_all_containerd_has() {
+    let host = Host::new();
+    host.bundle("pod", &SANDBOX);
+    let second = host.bundle("c2", &CONTAINER);
+    host.started("pod");
+    host.started("c2");
+    let shim = host.serving("pod");
+    fs::remove_dir_all(second).unwrap();
     host.delete("pod");
     assert!(!shim.is_alive());
-    host.delete("c2");
+    host.nothing_is_left();
+}
+
+#[test]
+fn a_pod_whose_shim_does_not_answer_goes_with_its_sandbox_container() {
+    let host = Host::new();
+    host.bundle("pod", &SANDBOX);
+    host.bundle("c2", &CONTAINER);
+    host.started("pod");
+    host.started("c2");
+    let shim = host.serving("pod");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(shim.pid),
+        nix::sys::signal::Signal::SIGSTOP,
+    )
+    .unwrap();
+    let output = host.shim("pod", "delete").output().unwrap();
+    assert!(text(&output.stderr).contains("did not give up container pod"));
+    assert!(!shim.is_alive());
     host.nothing_is_left();
 }
 

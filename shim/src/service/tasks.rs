@@ -415,17 +415,7 @@ impl Tasks {
         }
         let container = self.get(id)?;
         let exit = container.delete().await?;
-        let removed = self.slots().remove(id);
-        if removed.is_none() {
-            return Err(TaskError::not_found(format!(
-                "container {id:?} not found: it was deleted meanwhile"
-            )));
-        }
-        self.volumes.detach(id);
-        container.announce_delete(exit);
-        self.sandbox.growth().forget(id);
         let (pod, name) = (self.context.pod.clone(), id.to_owned());
-        // Waited for: a Shutdown that follows removes the directory in which it writes.
         let forgotten = tokio::task::spawn_blocking(move || {
             pod.update(|state| {
                 state.containers.remove(&name);
@@ -435,6 +425,16 @@ impl Tasks {
             Ok(Ok(())) => {}
             outcome => debug!(?outcome, "the pod's state file still lists the container"),
         }
+        // Last: the Shutdown that follows another's Delete ends the shim where nobody is left, and this answer with it.
+        let removed = self.slots().remove(id);
+        if removed.is_none() {
+            return Err(TaskError::not_found(format!(
+                "container {id:?} not found: it was deleted meanwhile"
+            )));
+        }
+        self.volumes.detach(id);
+        container.announce_delete(exit);
+        self.sandbox.growth().forget(id);
         self.stop_if_empty();
         Ok((container.pid(), exit))
     }

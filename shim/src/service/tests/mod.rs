@@ -21,7 +21,12 @@ use containerd_shim_protos::{
     shim_async::Task as _,
 };
 use husk_protocol::agent::{Event, OomKill, event::Kind};
-use tokio::{io::AsyncReadExt as _, sync::mpsc, time::timeout};
+use nix::fcntl::{Flock, FlockArg};
+use tokio::{
+    io::AsyncReadExt as _,
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use ttrpc::Code;
 use world::{Fault, Guest, LIMIT, VMM_PID, World, context};
 
@@ -513,6 +518,29 @@ async fn a_broken_bundle_is_named() {
     assert_eq!(kind, Code::INVALID_ARGUMENT);
     assert!(message.contains("config.json"), "{message}");
     assert_eq!(code(w.status("").await).0, Code::NOT_FOUND);
+}
+
+/// Where a pod's containers end together, each has its Delete and its Shutdown from containerd, in any order.
+#[tokio::test]
+async fn a_shutdown_leaves_a_delete_time_to_be_answered() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    w.guest.end("c", "", 7);
+    assert_eq!(w.wait("").await.unwrap(), 7);
+    let dir = std::fs::File::open(w.bundle().join("../test/c")).unwrap();
+    let held = Flock::lock(dir, FlockArg::LockExclusive).unwrap();
+    let (deleted, ()) = tokio::join!(w.delete(""), async {
+        w.called("delete c").await;
+        // Up to where it waits for the pod's state.
+        sleep(Duration::from_millis(100)).await;
+        w.shutdown().await;
+        assert!(!w.is_shut_down().await);
+        drop(held);
+    });
+    assert_eq!(deleted.unwrap(), 7);
+    w.shutdown().await;
+    assert!(w.is_shut_down().await);
 }
 
 /// containerd restarts, or its client has had enough.
