@@ -6,10 +6,14 @@
 use std::{
     fmt::Write as _,
     fs, io,
+    os::unix::fs::chown,
     path::{Path, PathBuf},
 };
 
-use crate::pod::{Dns, PodSpec};
+use crate::{
+    pod::{Dns, PodSpec},
+    spec::Users,
+};
 
 /// The files, by their name in husk's directory and in /etc.
 const NAMES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
@@ -19,7 +23,8 @@ const NAMES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 pub struct PodFiles(PathBuf);
 
 impl PodFiles {
-    /// Writes a pod's files into this directory, which is made. What the pod does not say is the host's, as with CRI. Blocks.
+    /// Writes a pod's files into this directory, which is made. What the pod does not say is the host's, as with CRI. They belong to the
+    /// pod's root. Blocks.
     ///
     /// # Errors
     /// When the file system refuses, with the path.
@@ -32,6 +37,7 @@ impl PodFiles {
         let about = |path: &Path, e: io::Error| {
             io::Error::new(e.kind(), format!("cannot write {}: {e}", path.display()))
         };
+        let root = pod.users.as_ref().and_then(Users::root);
         fs::create_dir_all(dir).map_err(|e| about(dir, e))?;
         for (name, text) in NAMES
             .iter()
@@ -39,6 +45,9 @@ impl PodFiles {
         {
             let path = dir.join(name);
             fs::write(&path, text).map_err(|e| about(&path, e))?;
+            if let Some((user, group)) = root {
+                chown(&path, Some(user), Some(group)).map_err(|e| about(&path, e))?;
+            }
         }
         Ok(Self(dir.to_owned()))
     }
@@ -76,6 +85,8 @@ fn resolv_conf(dns: &Dns) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
     use super::*;
 
     #[test]
@@ -105,5 +116,25 @@ mod tests {
         pod.dns = Dns::default();
         PodFiles::write(&dir.path().join("etc"), &pod).unwrap();
         assert_eq!(read("/etc/resolv.conf"), host("/etc/resolv.conf"));
+    }
+
+    #[test]
+    fn they_belong_to_the_pods_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = fs::metadata(dir.path()).unwrap();
+        // Another group takes a privileged user, who is there in CI.
+        let group = own.gid() + u32::from(own.uid() == 0);
+        let pod = PodSpec {
+            users: Some(Users {
+                uid_map: format!("7 9 1\n0 {} 7\n", own.uid()),
+                gid_map: format!("0 {group} 65536\n"),
+            }),
+            ..PodSpec::default()
+        };
+        let files = PodFiles::write(dir.path(), &pod).unwrap();
+        for (_, path) in files.mounts() {
+            let file = fs::metadata(path).unwrap();
+            assert_eq!((file.uid(), file.gid()), (own.uid(), group));
+        }
     }
 }

@@ -70,15 +70,18 @@ enum Stage {
 /// A created sandbox.
 struct Life {
     created_at: SystemTime,
+    /// The path of the pod's network namespace; empty: it has none.
+    netns: String,
     stage: watch::Sender<Stage>,
     /// Set before the stage is [`Stage::Over`].
     exit: OnceLock<Exit>,
 }
 
 impl Life {
-    fn new() -> Self {
+    fn new(netns: &str) -> Self {
         Self {
             created_at: SystemTime::now(),
+            netns: netns.to_owned(),
             stage: watch::Sender::new(Stage::Created),
             exit: OnceLock::new(),
         }
@@ -167,7 +170,7 @@ impl SandboxService {
         }
         let pod = PodSpec::of_request(&request, &self.tasks.context().namespace)
             .map_err(|e| TaskError::invalid_argument(e.to_string()))?;
-        if self.life.set(Life::new()).is_err() {
+        if self.life.set(Life::new(&request.netns_path)).is_err() {
             return Err(TaskError::already_exists(format!(
                 "sandbox {:?} already exists",
                 request.sandbox_id
@@ -225,13 +228,18 @@ impl SandboxService {
     }
 
     /// What people see with `crictl inspectp`: under "info" what CRI itself adds to, under "vm" what only husk knows.
-    fn details(&self, stage: Stage, pid: u32) -> HashMap<String, String> {
+    fn details(&self, life: &Life, stage: Stage, pid: u32) -> HashMap<String, String> {
         let status = match stage {
             Stage::Ready => "running",
             Stage::Created => "created",
             Stage::Stopping | Stage::Over => "stopped",
         };
-        let info = json!({"pid": pid, "processStatus": status, "runtimeType": RUNTIME});
+        let mut info = json!({"pid": pid, "processStatus": status, "runtimeType": RUNTIME});
+        if !life.netns.is_empty() {
+            // Where scripts look for it, as with a pause container.
+            let network = json!({"type": "network", "path": life.netns});
+            info["runtimeSpec"] = json!({"linux": {"namespaces": [network]}});
+        }
         let size = self.tasks.sandbox().growth().size();
         let vm = size.map(|size| json!({"vcpus": size.vcpus, "memory_mib": size.memory_mib}));
         [("info", Some(info)), ("vm", vm)]
@@ -318,7 +326,7 @@ impl Sandbox for SandboxService {
             Stage::Over => (NOT_READY, 0),
         };
         let info = if request.verbose {
-            self.details(stage, pid)
+            self.details(life, stage, pid)
         } else {
             HashMap::new()
         };

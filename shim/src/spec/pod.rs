@@ -34,6 +34,19 @@ pub struct Users {
     pub gid_map: String,
 }
 
+impl Users {
+    /// Who the pod's root is outside: a user and a group. `None` where the maps have no root.
+    pub fn root(&self) -> Option<(u32, u32)> {
+        let outside = |map: &str| {
+            map.lines().find_map(|line| {
+                let mut fields = line.split(' ');
+                (fields.next()? == "0").then(|| fields.next()?.parse().ok())?
+            })
+        };
+        Some((outside(&self.uid_map)?, outside(&self.gid_map)?))
+    }
+}
+
 /// What a container is refused because it runs in a VM.
 #[derive(Debug, thiserror::Error)]
 pub enum NotInVm {
