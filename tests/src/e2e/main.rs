@@ -17,6 +17,7 @@ use husk_tests::{containerd::Containerd, runtime::Runtime};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 mod bad_input;
+mod cgroup;
 mod context;
 mod deploy;
 mod durations;

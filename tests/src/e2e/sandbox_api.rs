@@ -6,12 +6,13 @@ use husk_tests::{
     host, wait,
 };
 
-use crate::{Test, context::Context, husk_test};
+use crate::{Test, context::Context, features, husk_test};
 
 pub const TESTS: &[Test] = &[
     husk_test("a_pods_life", life),
     husk_test("what_the_pod_asked_for", asked_for),
     husk_test("containers_come_and_go", come_and_go),
+    husk_test("users_of_a_pod", own_users),
 ];
 
 /// Those that count what the host holds, or end a containerd.
@@ -89,6 +90,14 @@ fn asked_for(suite: &Context) -> Result<()> {
         .parse()?;
     ensure!((250_000..450_000).contains(&kib), "{memory}");
     Ok(())
+}
+
+fn own_users(suite: &Context) -> Result<()> {
+    let (containerd, cri) = suite.sandboxer()?;
+    if containerd.version()?.starts_with('1') {
+        return features::own_users_without_image(cri);
+    }
+    features::own_users_with(containerd, cri, suite.runtime)
 }
 
 fn come_and_go(suite: &Context) -> Result<()> {

@@ -10,8 +10,7 @@ use husk_tests::{
     wait,
 };
 
-use super::cgroup::PodCgroup;
-use crate::context::Context;
+use crate::{cgroup::PodCgroup, context::Context};
 
 const MIB: u64 = 1 << 20;
 
@@ -63,10 +62,9 @@ const BUSY: &str = "x=$(head -c 8388608 /dev/zero | tr '\\0' a); while :; do :; 
 pub fn stats(suite: &Context) -> Result<()> {
     let cri = suite.cri()?;
     let mut config = cri.pod_config();
-    let name = config.hostname.clone();
-    let cgroup = PodCgroup::new(&name)?;
+    let cgroup = PodCgroup::new(&config.hostname)?;
     cgroup.set("memory.max", 768 * MIB)?;
-    config.linux.get_or_insert_default().cgroup_parent = format!("/kubepods/{name}");
+    config.linux.get_or_insert_default().cgroup_parent = cgroup.path.clone();
     let pod = cri.run_pod(config)?;
     let busy = pod.start(container(&["sh", "-c", BUSY]))?;
     let server = pod.start(container(&[
@@ -167,7 +165,7 @@ pub fn stats(suite: &Context) -> Result<()> {
         let shim = host::shim_of(&pod.id).context("no shim")?;
         let vmm = host::vmm_of(&shim).context("no VMM")?;
         let place = fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid))?;
-        ensure!(place.contains(&format!("/kubepods/{name}/")), "{place}");
+        ensure!(place.contains(&format!("{}/", cgroup.path)), "{place}");
     }
 
     // Limits of a running container that CRI has no field for, and its CPUs.

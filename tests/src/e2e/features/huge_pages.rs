@@ -16,8 +16,8 @@ use husk_tests::{
 };
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 
-use super::{cgroup::PodCgroup, volumes::Mounted};
-use crate::{context::Context, workload::Workload};
+use super::volumes::Mounted;
+use crate::{cgroup::PodCgroup, context::Context, workload::Workload};
 
 const MIB: u64 = 1 << 20;
 
@@ -108,12 +108,11 @@ pub fn volume(suite: &Context) -> Result<()> {
 
     let cri = suite.cri()?;
     let mut config = cri.pod_config();
-    let name = config.hostname.clone();
-    let cgroup = PodCgroup::new(&name)?;
+    let cgroup = PodCgroup::new(&config.hostname)?;
     for file in ["hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"] {
         cgroup.set(file, 16 * MIB)?;
     }
-    config.linux.get_or_insert_default().cgroup_parent = format!("/kubepods/{name}");
+    config.linux.get_or_insert_default().cgroup_parent = cgroup.path.clone();
     let pod = cri.run_pod(config)?;
     let mount = |host: &Path, inside: &str| v1::Mount {
         host_path: host.to_string_lossy().into_owned(),

@@ -1,12 +1,12 @@
 //! What else a kubelet asks for a pod, as CRI says it.
 
-mod cgroup;
 mod figures;
 mod huge_pages;
 mod users;
 mod volumes;
 
 pub use huge_pages::map_workload;
+pub use users::{own_users_with, own_users_without_image};
 
 use crate::{Test, test};
 

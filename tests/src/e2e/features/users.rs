@@ -10,7 +10,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use husk_tests::{
-    cri::{Pod, PodContainer, container, security, v1},
+    containerd::Containerd,
+    cri::{Cri, Pod, PodContainer, container, security, v1},
     host,
     runtime::Runtime,
     wait,
@@ -45,6 +46,15 @@ fn config(command: &[&str]) -> v1::ContainerConfig {
     config
 }
 
+fn pod_config(cri: &Cri) -> v1::PodSandboxConfig {
+    let mut config = cri.pod_config();
+    let linux = config.linux.get_or_insert_default();
+    let context = linux.security_context.get_or_insert_default();
+    let options = context.namespace_options.get_or_insert_default();
+    options.userns_options = Some(users());
+    config
+}
+
 /// A volume, id-mapped as the kubelet asks for it.
 fn mount(host: &Path, inside: &str, readonly: bool) -> v1::Mount {
     v1::Mount {
@@ -59,6 +69,11 @@ fn mount(host: &Path, inside: &str, readonly: bool) -> v1::Mount {
 
 pub fn own_users(suite: &Context) -> Result<()> {
     let (containerd, cri) = suite.cri_and_containerd()?;
+    own_users_with(containerd, cri, suite.runtime)
+}
+
+/// The same with this containerd, whatever the pods' sandbox is.
+pub fn own_users_with(containerd: &Containerd, cri: &Cri, runtime: Runtime) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let data = dir.path().join("data");
     fs::create_dir(&data)?;
@@ -73,11 +88,8 @@ pub fn own_users(suite: &Context) -> Result<()> {
     std::os::unix::fs::symlink("..v1", secret.join("..data"))?;
     std::os::unix::fs::symlink("..data/key", secret.join("key"))?;
 
-    let mut pod = cri.pod_config();
+    let mut pod = pod_config(cri);
     let linux = pod.linux.get_or_insert_default();
-    let context = linux.security_context.get_or_insert_default();
-    let options = context.namespace_options.get_or_insert_default();
-    options.userns_options = Some(users());
     // Not what containerd sets by itself: with it low ports would be everybody's.
     let ports = "net.ipv4.ip_unprivileged_port_start".to_owned();
     linux.sysctls = [(ports, "1000".to_owned())].into();
@@ -98,7 +110,7 @@ pub fn own_users(suite: &Context) -> Result<()> {
     ensure!(caps.ends_with("a80425fb"), "{caps}");
     network(&pod, &a).context("the pod's network")?;
     // A process of user 1000, in the same users' world. Its streams are its own; runc 1.1 leaves them to the host's root.
-    let stderr = match suite.runtime {
+    let stderr = match runtime {
         Runtime::Husk => ">/dev/stderr",
         _ => ">&2",
     };
@@ -145,6 +157,15 @@ pub fn own_users(suite: &Context) -> Result<()> {
             of.gid()
         );
     }
+    Ok(())
+}
+
+/// containerd 1.7 gives no image to such a pod where the shim is its sandbox: the files stay the host's users', of whom the pod has none.
+pub fn own_users_without_image(cri: &Cri) -> Result<()> {
+    let pod = cri.run_pod(pod_config(cri))?;
+    let started = pod.start(config(&["true"]));
+    let refused = started.err().context("an image was mapped")?.to_string();
+    ensure!(refused.contains("permission denied"), "{refused}");
     Ok(())
 }
 

@@ -1,12 +1,8 @@
 //! The disk under the containers is slow.
 
-use std::{
-    fs,
-    os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
-};
+use std::{fmt::Display, fs, os::unix::fs::MetadataExt as _, path::Path};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use husk_tests::{
     containerd::{Containerd, Sandboxer},
     cri::{Cri, container},
@@ -18,7 +14,7 @@ use nix::{
 };
 
 use super::SLEEP;
-use crate::{context::Context, workload::Workload};
+use crate::{cgroup::PodCgroup, context::Context, workload::Workload};
 
 /// Of a pod's reads, in bytes a second: the file, one request of 128 KiB, takes it eight seconds.
 const RATE: u64 = 16 << 10;
@@ -37,12 +33,12 @@ pub fn ended_in_a_read(suite: &Context) -> Result<()> {
     let dir = Path::new("/var/tmp/husk-e2e-slow");
     let containerd = Containerd::start_with_cri(dir, &suite.bin, Sandboxer::Pause)?;
     let cri = Cri::connect(&containerd, suite.runtime)?;
-    let before = Traces::now();
     let files = tempfile::tempdir_in(dir)?;
     let workload = Workload::new(suite, files.path())?;
     let mut config = cri.pod_config();
-    let cgroup = SlowCgroup::new(&config.hostname, dir)?;
-    config.linux.get_or_insert_default().cgroup_parent = format!("/{}", config.hostname);
+    let cgroup = PodCgroup::new(&config.hostname)?;
+    config.linux.get_or_insert_default().cgroup_parent = cgroup.path.clone();
+    let before = Traces::now();
     let pod = cri.run_pod(config)?;
     let mut reader = workload.container(&[]);
     let program = std::mem::replace(&mut reader.command, SLEEP.map(str::to_owned).into());
@@ -60,49 +56,21 @@ pub fn ended_in_a_read(suite: &Context) -> Result<()> {
     // The program itself is in both by then.
     read_ahead("/etc/passwd")?;
 
-    cgroup.limit(&RATE.to_string())?;
+    cgroup.set("io.max", reads(dir, RATE)?)?;
     read_ahead("/file")?;
     reader.stop(0)?;
     reader.remove()?;
-    cgroup.limit("max")?;
+    cgroup.set("io.max", reads(dir, "max")?)?;
 
     let next = pod.start(container(&SLEEP))?;
     ensure!(next.sh("echo alive")?.ok()? == "alive");
     drop(next);
     drop(pod);
-    drop(cgroup);
     before.restored()
 }
 
-/// A pod's cgroup that may read of a disk at a limited rate. Dropped, it is removed.
-struct SlowCgroup {
-    dir: PathBuf,
-    /// As the io controller names it.
-    disk: String,
-}
-
-impl SlowCgroup {
-    fn new(name: &str, on_disk: &Path) -> Result<Self> {
-        let dir = Path::new("/sys/fs/cgroup").join(name);
-        fs::create_dir(&dir)?;
-        let device = fs::metadata(on_disk)?.dev();
-        Ok(Self {
-            dir,
-            disk: format!("{}:{}", major(device), minor(device)),
-        })
-    }
-
-    /// `rate` in bytes a second, or `max`.
-    fn limit(&self, rate: &str) -> Result<()> {
-        let line = format!("{} rbps={rate}", self.disk);
-        fs::write(self.dir.join("io.max"), &line)
-            .with_context(|| format!("setting io.max to {line}"))
-    }
-}
-
-impl Drop for SlowCgroup {
-    fn drop(&mut self) {
-        // One that is left is found by the check for leaks.
-        let _ = fs::remove_dir(&self.dir);
-    }
+/// A line of io.max for the disk that holds this path: `rate` in bytes a second, or `max`.
+fn reads(path: &Path, rate: impl Display) -> Result<String> {
+    let device = fs::metadata(path)?.dev();
+    Ok(format!("{}:{} rbps={rate}", major(device), minor(device)))
 }

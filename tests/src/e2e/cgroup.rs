@@ -1,14 +1,19 @@
 //! The cgroup of a pod on the host, which the kubelet makes and containerd is told of.
 
 use std::{
+    fmt::Display,
     fs,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result};
 
-/// A pod's cgroup, made as the kubelet makes it. Dropped, it is removed.
-pub struct PodCgroup(PathBuf);
+/// A pod's cgroup, made as the kubelet makes it. Dropped, it is removed; the one it lies in stays.
+pub struct PodCgroup {
+    dir: PathBuf,
+    /// As CRI names it (`cgroup_parent`).
+    pub path: String,
+}
 
 impl PodCgroup {
     pub fn new(name: &str) -> Result<Self> {
@@ -20,15 +25,19 @@ impl PodCgroup {
             let all = "+cpu +cpuset +memory +pids +io +hugetlb";
             let _ = fs::write(dir.join("cgroup.subtree_control"), all);
         }
-        Ok(Self(parent.join(name)))
+        Ok(Self {
+            dir: parent.join(name),
+            path: format!("/kubepods/{name}"),
+        })
     }
 
-    pub fn set(&self, file: &str, bytes: u64) -> Result<()> {
-        fs::write(self.0.join(file), bytes.to_string()).with_context(|| file.to_owned())
+    pub fn set(&self, file: &str, value: impl Display) -> Result<()> {
+        fs::write(self.dir.join(file), value.to_string())
+            .with_context(|| format!("setting {file} to {value}"))
     }
 
     pub fn number(&self, file: &str) -> Result<u64> {
-        let text = fs::read_to_string(self.0.join(file))?;
+        let text = fs::read_to_string(self.dir.join(file))?;
         text.trim()
             .parse()
             .with_context(|| format!("{file}: {text}"))
@@ -38,6 +47,6 @@ impl PodCgroup {
 impl Drop for PodCgroup {
     fn drop(&mut self) {
         // A test that leaves something behind is caught by the leak checks.
-        let _ = fs::remove_dir(&self.0);
+        let _ = fs::remove_dir(&self.dir);
     }
 }
