@@ -92,11 +92,11 @@ pub fn delete(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether containerd still has other containers of this pod, which is a container's own.
+/// Whether containerd still has other containers of this pod. A pod of the Sandbox API does not wait for them.
 ///
-/// It runs `delete` whenever a connection to the shim closes, also after each ordinary Delete of a task. Where all containers of a pod end
-/// together, that of the sandbox container comes among the others': a shim that were killed then would owe them their answers, and
-/// containerd would announce an exit of its own for each, beside the shim's.
+/// containerd runs `delete` whenever a connection to the shim closes, also after each ordinary Delete of a task. Where all containers of a
+/// pod end together, the sandbox container's comes among the others': a shim killed then would owe them their answers, and containerd
+/// would announce an exit of its own for each, beside the shim's.
 fn has_others(args: &Args, state: &PodState) -> bool {
     let Some(bundle) = &args.bundle else {
         return false;
