@@ -1,0 +1,11 @@
+//! Images: from a registry to a root file system.
+//!
+//! An image is hostile until it has been checked, and may be large. So a layer is one stream: it is digested, decompressed, digested again
+//! and taken apart as it comes ([`layer`]), each step bounded, without a copy of it anywhere. [`archive`] reads tar, [`unpack`] makes what
+//! it says in a directory that becomes a layer of an overlay; there the kernel resolves every path, below that directory. [`apply::apply`] is all of it, and [`store`] keeps what came.
+
+pub mod apply;
+pub mod archive;
+pub mod layer;
+pub mod store;
+pub mod unpack;

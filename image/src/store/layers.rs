@@ -1,0 +1,117 @@
+//! Layers, unpacked once, by chainID.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use super::{LAYERS, Store, StoreError, failed, lock_at, sync_dir};
+use crate::{
+    apply::{Expected, apply},
+    layer::{Limits, Sha256Digest},
+    unpack::Options,
+};
+
+impl Store {
+    /// The directories of an image's layers, the topmost first, as overlayfs wants its lower ones. Those that are missing are unpacked from
+    /// their blobs. Blocks.
+    ///
+    /// # Errors
+    /// When a blob is not in the store, is refused, or the file system refuses.
+    pub fn unpack(&self, layers: &[Expected], limits: Limits) -> Result<Vec<PathBuf>, StoreError> {
+        let mut chain: Option<Sha256Digest> = None;
+        let mut paths: Vec<PathBuf> = Vec::new();
+        for layer in layers {
+            let id = chain_id(chain, &layer.diff_id);
+            let path = self.root.join(LAYERS).join(id.hex());
+            if !path.exists() {
+                self.unpack_one(&path, layer, limits, &paths)?;
+            }
+            paths.insert(0, path);
+            chain = Some(id);
+        }
+        Ok(paths)
+    }
+
+    fn unpack_one(
+        &self,
+        path: &Path,
+        layer: &Expected,
+        limits: Limits,
+        lowers: &[PathBuf],
+    ) -> Result<(), StoreError> {
+        let blob = self
+            .blob(&layer.digest)?
+            .ok_or(StoreError::NoBlob(layer.digest))?;
+        let new = path.with_extension("new");
+        let made = || match fs::create_dir(&new) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => File::open(&new),
+        };
+        // Opened, it may be gone: another has finished it.
+        let open = || loop {
+            match made() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                opened => return opened,
+            }
+        };
+        let lock = lock_at(&new, open).map_err(failed("make", &new))?;
+        if path.exists() {
+            return fs::remove_dir_all(&new).map_err(failed("remove", &new));
+        }
+        // Somebody was cut off here.
+        clear(&new).map_err(failed("clear", &new))?;
+        let lowers: Vec<&Path> = lowers.iter().map(PathBuf::as_path).collect();
+        let options = Options {
+            lowers: &lowers,
+            ..Options::default()
+        };
+        if let Err(source) = apply(blob, layer, limits, &new, options) {
+            // Whoever wants it next finds out for himself.
+            let _ = fs::remove_dir_all(&new);
+            return Err(StoreError::Apply {
+                blob: layer.digest,
+                source,
+            });
+        }
+        rustix::fs::syncfs(&lock)
+            .map_err(io::Error::from)
+            .map_err(failed("write out", &new))?;
+        fs::rename(&new, path).map_err(failed("rename", &new))?;
+        let dir = self.root.join(LAYERS);
+        sync_dir(&dir).map_err(failed("write out", &dir))
+    }
+}
+
+/// The chainID of a layer upon those with this one (image-spec, config.md, "Layer ChainID").
+fn chain_id(below: Option<Sha256Digest>, diff_id: &Sha256Digest) -> Sha256Digest {
+    below.map_or(*diff_id, |below| {
+        Sha256Digest::of(format!("{below} {diff_id}").as_bytes())
+    })
+}
+
+fn clear(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_ids_are_the_specifications() {
+        let (a, b) = (Sha256Digest::of(b"a"), Sha256Digest::of(b"b"));
+        assert_eq!(chain_id(None, &a), a);
+        let text = format!("{a} {b}");
+        assert_eq!(chain_id(Some(a), &b), Sha256Digest::of(text.as_bytes()));
+    }
+}
