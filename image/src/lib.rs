@@ -2,10 +2,12 @@
 //!
 //! An image is hostile until it has been checked, and may be large. So a layer is one stream: it is digested, decompressed, digested again
 //! and taken apart as it comes ([`layer`]), each step bounded, without a copy of it anywhere. [`archive`] reads tar, [`unpack`] makes what
-//! it says in a directory that becomes a layer of an overlay; there the kernel resolves every path, below that directory. [`apply::apply`] is all of it, and [`store`] keeps what came.
+//! it says in a directory that becomes a layer of an overlay; there the kernel resolves every path, below that directory. [`apply::apply`] is all of it, and [`store`] keeps
+//! what came. [`manifest`] says which layers an image has.
 
 pub mod apply;
 pub mod archive;
 pub mod layer;
+pub mod manifest;
 pub mod store;
 pub mod unpack;
