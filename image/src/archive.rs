@@ -12,7 +12,7 @@ use std::io::{self, Read};
 use tar::{EntryType, Header};
 
 pub use extents::Extent;
-use field::{checksum, number};
+use field::{checksum, number, signed_number};
 use pax::Records;
 
 /// Bytes of a header, and what everything is padded to (POSIX.1-2008, pax, "ustar Interchange Format").
@@ -124,8 +124,6 @@ pub struct Archive<R> {
     padding: u64,
     /// The current entry's name, for errors.
     name: String,
-    /// Of global pax headers.
-    globals: Records,
 }
 
 impl<R: Read> Archive<R> {
@@ -136,7 +134,6 @@ impl<R: Read> Archive<R> {
             data: 0,
             padding: 0,
             name: String::new(),
-            globals: Records::default(),
         }
     }
 
@@ -152,7 +149,7 @@ impl<R: Read> Archive<R> {
     pub fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut long_name = None;
         let mut long_link = None;
-        let mut records = self.globals.clone();
+        let mut records = Records::default();
         let mut is_extended = false;
         loop {
             self.skip_data()?;
@@ -171,50 +168,43 @@ impl<R: Read> Archive<R> {
                     let text = self.extension(stored)?;
                     self.parse(&mut records, &text)?;
                 }
-                EntryType::XGlobalHeader => {
-                    let text = self.extension(stored)?;
-                    let mut globals = std::mem::take(&mut self.globals);
-                    self.parse(&mut globals, &text)?;
-                    self.parse(&mut records, &text)?;
-                    self.globals = globals;
-                }
-                kind => {
-                    let name = long_name.unwrap_or_else(|| header.path_bytes().into_owned());
-                    let link = long_link
-                        .or_else(|| header.link_name_bytes().map(|name| name.into_owned()))
-                        .unwrap_or_default();
-                    return self.entry(&header, kind, (name, link), records).map(Some);
+                // Records for all entries that follow, which no tool for images heeds (Go's archive/tar, on which they are built, does not).
+                EntryType::XGlobalHeader => self.set_data(stored),
+                _ => {
+                    return self
+                        .entry(&header, (long_name, long_link), records)
+                        .map(Some);
                 }
             }
         }
     }
 
-    /// Puts together what the header and those before it say.
+    /// Puts together what the header and those before it say: GNU's long names before pax, as Go has it.
     fn entry(
         &mut self,
         header: &Header,
-        kind: EntryType,
-        (name, link): (Vec<u8>, Vec<u8>),
+        (long_name, long_link): (Option<Vec<u8>>, Option<Vec<u8>>),
         mut records: Records,
     ) -> Result<Entry, ArchiveError> {
         let sparse = records.take_sparse();
         let name = sparse
             .name
             .clone()
+            .or(long_name)
             .or_else(|| records.path.take())
-            .unwrap_or(name);
+            .unwrap_or_else(|| header.path_bytes().into_owned());
+        let link = long_link
+            .or_else(|| records.link.take())
+            .or_else(|| header.link_name_bytes().map(|name| name.into_owned()))
+            .unwrap_or_default();
         self.name = lossy(&name);
-        let kind = self.kind(kind)?;
+        let kind = self.kind(header, &name)?;
         let stored = match records.size {
             Some(size) => size,
             None => self.number("size", &header.as_old().size)?,
         };
-        // A link's size is the file's in some archives, which has no data here (POSIX lets pax write it).
-        let stored = match kind {
-            Kind::File => stored,
-            _ if header.entry_type().is_hard_link() => 0,
-            _ => stored,
-        };
+        // Nothing else has data, whatever its size says: a link's is the file's in some archives.
+        let stored = if kind == Kind::File { stored } else { 0 };
         let id = |what, record: Option<u64>, field: &[u8]| {
             let id = match record {
                 Some(id) => id,
@@ -231,8 +221,8 @@ impl<R: Read> Archive<R> {
         let mtime = match records.mtime {
             Some(time) => time,
             None => Time {
-                seconds: i64::try_from(self.number("time", &header.as_old().mtime)?)
-                    .map_err(|_| self.invalid("its time is beyond any".into()))?,
+                seconds: signed_number(&header.as_old().mtime)
+                    .ok_or_else(|| self.malformed("a header whose time is no number".into()))?,
                 nanoseconds: 0,
             },
         };
@@ -255,7 +245,7 @@ impl<R: Read> Archive<R> {
         let (extents, size) = self.extents(header, sparse)?;
         Ok(Entry {
             name,
-            link: records.link.take().unwrap_or(link),
+            link,
             kind,
             // Twelve bits are left.
             mode: u32::try_from(mode & 0o7777).unwrap_or(0),
@@ -321,8 +311,12 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
-    fn kind(&self, kind: EntryType) -> Result<Kind, ArchiveError> {
-        Ok(match kind {
+    fn kind(&self, header: &Header, name: &[u8]) -> Result<Kind, ArchiveError> {
+        // Before POSIX, a directory was a file whose name ends so.
+        if header.as_old().linkflag == [0] && name.ends_with(b"/") {
+            return Ok(Kind::Directory);
+        }
+        Ok(match header.entry_type() {
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => Kind::File,
             EntryType::Link => Kind::HardLink,
             EntryType::Symlink => Kind::Symlink,
@@ -389,12 +383,20 @@ impl<R: Read> Archive<R> {
 
     /// The next header; `None` at the end: two blocks of zeros, or that of the stream.
     fn header(&mut self) -> Result<Option<Header>, ArchiveError> {
-        let mut zeros = 0;
-        while zeros < 2 {
+        let mut is_ending = false;
+        loop {
             let mut block = [0; BLOCK];
             match self.fill_or_end(&mut block)? {
                 false => return Ok(None),
-                true if block.iter().all(|byte| *byte == 0) => zeros += 1,
+                true if block.iter().all(|byte| *byte == 0) => {
+                    if is_ending {
+                        return Ok(None);
+                    }
+                    is_ending = true;
+                }
+                true if is_ending => {
+                    return Err(self.malformed("a header behind the block that ends it".into()));
+                }
                 true => {
                     let header = Header::from_byte_slice(&block).clone();
                     let sum = checksum(&block);
@@ -405,7 +407,6 @@ impl<R: Read> Archive<R> {
                 }
             }
         }
-        Ok(None)
     }
 
     /// Fills a block, or tells that the stream ended before it.

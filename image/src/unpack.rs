@@ -45,6 +45,9 @@ const AUFS: &[u8] = b".wh..wh.";
 /// Bytes that a file is copied by.
 const COPY: usize = 256 << 10;
 
+/// Directories of a layer, whose times are remembered until its end; the largest images have a tenth of it.
+const MAX_DIRECTORIES: usize = 1 << 20;
+
 /// Mode of directories that a layer takes for granted and no layer below has either.
 const IMPLIED: u32 = 0o755;
 
@@ -266,9 +269,6 @@ impl<'a, R: Read> Unpacker<'a, R> {
             };
             let metadata = below.unwrap_or_else(|| Metadata::of_mode(IMPLIED));
             self.set(entry, &metadata, &place, dir.as_fd(), name, Kind::Directory)?;
-            if let Some(time) = metadata.mtime {
-                self.times.insert(place, time);
-            }
         }
         self.root
             .dir(path)
@@ -439,6 +439,10 @@ impl<'a, R: Read> Unpacker<'a, R> {
             .map_err(|(doing, source)| system(doing, entry, source))?;
         self.left_out += left_out;
         if let (Kind::Directory, Some(time)) = (kind, metadata.mtime) {
+            if self.times.len() == MAX_DIRECTORIES {
+                let why = format!("the layer has more than {MAX_DIRECTORIES} directories");
+                return Err(refused(entry, why));
+            }
             self.times.insert(place.clone(), time);
         }
         Ok(())

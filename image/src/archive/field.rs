@@ -26,6 +26,16 @@ pub(super) fn number(field: &[u8]) -> Option<u64> {
     })
 }
 
+/// A time before 1970 is a binary number below zero.
+pub(super) fn signed_number(field: &[u8]) -> Option<i64> {
+    if field.first() != Some(&0xff) {
+        return number(field)?.try_into().ok();
+    }
+    let (sign, value) = field.split_last_chunk::<8>()?;
+    let value = i64::from_be_bytes(*value);
+    (value < 0 && sign.iter().all(|byte| *byte == 0xff)).then_some(value)
+}
+
 /// The sum of a header's bytes, those of the checksum itself taken for spaces.
 pub(super) fn checksum(block: &[u8; BLOCK]) -> u64 {
     const FIELD: std::ops::Range<usize> = 148..156;
@@ -60,6 +70,23 @@ mod tests {
             (b"-1\0", None),
         ] {
             assert_eq!(number(field), value, "{field:?}");
+        }
+    }
+
+    #[test]
+    fn times_may_be_below_zero() {
+        for (field, value) in [
+            (&b"00000000017\0"[..], Some(15)),
+            (
+                b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xfe",
+                Some(-2),
+            ),
+            (b"\xff\xff\xff\xff\x7f\xff\xff\xff\xff\xff\xff\xff", None),
+            (b"\xff\xff\0\xff\xff\xff\xff\xff\xff\xff\xff\xff", None),
+            (b"\x80\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff", None),
+            (b"x", None),
+        ] {
+            assert_eq!(signed_number(field), value, "{field:?}");
         }
     }
 }

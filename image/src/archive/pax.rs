@@ -63,13 +63,20 @@ impl Records {
 
     fn take(&mut self, key: &[u8], value: &[u8]) -> Result<(), &'static str> {
         let number = || decimal(value).ok_or("a record that should be a number");
+        // Empty, it takes an earlier one back, and the header counts.
+        let given = !value.is_empty();
+        let text = || given.then(|| value.to_owned());
+        let optional = || given.then(number).transpose();
         match key {
-            b"path" => self.path = Some(value.to_owned()),
-            b"linkpath" => self.link = Some(value.to_owned()),
-            b"size" => self.size = Some(number()?),
-            b"uid" => self.uid = Some(number()?),
-            b"gid" => self.gid = Some(number()?),
-            b"mtime" => self.mtime = Some(time(value).ok_or("a time that is none")?),
+            b"path" => self.path = text(),
+            b"linkpath" => self.link = text(),
+            b"size" => self.size = optional()?,
+            b"uid" => self.uid = optional()?,
+            b"gid" => self.gid = optional()?,
+            b"mtime" => {
+                let time = || time(value).ok_or("a time that is none");
+                self.mtime = given.then(time).transpose()?;
+            }
             b"GNU.sparse.major" => self.sparse.is_in_data = number()? == 1,
             b"GNU.sparse.name" => self.sparse.name = Some(value.to_owned()),
             b"GNU.sparse.realsize" | b"GNU.sparse.size" => self.sparse.size = Some(number()?),

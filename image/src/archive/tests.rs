@@ -132,20 +132,56 @@ fn pax_records_take_the_headers_place_for_one_entry() {
 }
 
 #[test]
-fn global_records_hold_until_others_come() {
-    let global = pax(&[("mtime", b"7"), ("uid", b"5")]);
-    let own = pax(&[("uid", b"6")]);
+fn global_records_are_passed_over() {
+    let global = pax(&[("mtime", b"7"), ("path", b"other")]);
+    let length = global.len() as u64;
     let archive = blocks(&[
-        &header(b'g', "global", global.len() as u64),
+        &header(b'g', "global", length),
         &global,
-        &header(b'x', "own", own.len() as u64),
-        &own,
         &header(b'5', "a", 0),
-        &header(b'5', "b", 0),
+    ]);
+    let (entry, _) = one(&archive);
+    assert_eq!(
+        (&*entry.name, entry.mtime.seconds),
+        (&b"a"[..], 1_700_000_000)
+    );
+    // Whatever it says, and however much.
+    let noise = vec![9; 3 << 20];
+    let archive = blocks(&[&header(b'g', "g", 3 << 20), &noise, &header(b'5', "a", 0)]);
+    assert_eq!(one(&archive).0.name, b"a");
+}
+
+#[test]
+fn empty_records_take_earlier_ones_back() {
+    let records = pax(&[
+        ("path", b"other"),
+        ("uid", b"5"),
+        ("path", b""),
+        ("uid", b""),
+    ]);
+    let x = header(b'x', "pax", records.len() as u64);
+    let (entry, _) = one(&blocks(&[&x, &records, &header(b'5', "a", 0)]));
+    assert_eq!((&*entry.name, entry.uid), (&b"a"[..], 1000));
+}
+
+#[test]
+fn only_files_have_data() {
+    let mut old = Header::from_byte_slice(&header(b'0', "old-directory/", 4096)).clone();
+    old.as_old_mut().linkflag = [0];
+    old.set_cksum();
+    // As some archives have directories and links: with the size of something.
+    let archive = blocks(&[
+        &header(b'5', "d", 4096),
+        &header(b'1', "l", 4096),
+        old.as_bytes(),
+        &header(b'0', "f/", 1),
+        b"x",
     ]);
     let all = read(&archive).unwrap();
-    let owners: Vec<_> = all.iter().map(|(e, _)| (e.uid, e.mtime.seconds)).collect();
-    assert_eq!(owners, [(6, 7), (5, 7)]);
+    let kinds: Vec<_> = all.iter().map(|(entry, _)| entry.kind).collect();
+    let expected = [Kind::Directory, Kind::HardLink, Kind::Directory, Kind::File];
+    assert_eq!(kinds, expected);
+    assert_eq!(all[3].1, b"x");
 }
 
 #[test]
@@ -273,11 +309,14 @@ fn what_is_no_archive_says_so() {
     let x = header(b'x', "pax", records.len() as u64);
     assert!(complaint(&blocks(&[&x, &records, &header(b'5', "d", 0)])).contains("user"));
     assert!(complaint(&blocks(&[&x, &records])).contains("the last"));
+    let good = header(b'5', "d", 0);
+    let gap = [&good[..], &[0; BLOCK], &good].concat();
+    assert!(complaint(&blocks(&[&gap])).contains("behind the block"));
 }
 
 #[test]
 fn headers_that_extend_others_are_bounded() {
-    for kind in [b'x', b'g', b'L', b'K'] {
+    for kind in [b'x', b'L', b'K'] {
         let text = complaint(&blocks(&[&header(kind, "bomb", 1 << 32)]));
         assert!(text.contains("the most is"), "{text}");
     }
