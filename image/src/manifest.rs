@@ -129,6 +129,16 @@ pub struct Named {
     pub size: u64,
 }
 
+impl Named {
+    /// What a descriptor names.
+    ///
+    /// # Errors
+    /// When it does so by a digest that husk cannot use.
+    pub fn of(descriptor: &Descriptor) -> Result<Self, ManifestError> {
+        named("image's descriptor", descriptor)
+    }
+}
+
 /// What a reference leads to.
 #[derive(Debug, Clone)]
 pub enum Document {

@@ -11,8 +11,11 @@
 //! nothing but rests under the other names, which the next who wants the same thing goes on with or clears away. One process at a time makes
 //! a thing; the others wait, and find it there. The lock is one on the unfinished file, so it ends with the process.
 
+mod exchange;
+mod images;
 mod ingest;
 mod layers;
+mod sweep;
 
 use std::{
     fs::{self, File},
@@ -22,9 +25,13 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 
+pub use images::Image;
 pub use ingest::{Ingest, Partial};
+pub use sweep::{Swept, Use};
 
-use crate::{apply::ApplyError, layer::Sha256Digest};
+use crate::{
+    apply::ApplyError, archive::ArchiveError, layer::Sha256Digest, manifest::ManifestError,
+};
 
 /// What marks a layout, and its version (image-layout.md, "oci-layout file").
 const LAYOUT: (&str, &str) = ("oci-layout", r#"{"imageLayoutVersion":"1.0.0"}"#);
@@ -56,6 +63,15 @@ pub enum StoreError {
         /// What it says.
         found: String,
     },
+    /// A name that nothing has.
+    #[error("the store has no image {0:?}: pull it, or look at the names that there are")]
+    NoImage(String),
+    /// An archive that is read or written.
+    #[error("reading or writing the archive")]
+    Stream(#[source] io::Error),
+    /// What an archive says.
+    #[error(transparent)]
+    Archive(ArchiveError),
     /// A blob that is not there.
     #[error("the store has no blob {0}: pull its image again")]
     NoBlob(Sha256Digest),
@@ -67,6 +83,9 @@ pub enum StoreError {
         /// And what was wrong.
         found: String,
     },
+    /// An image's documents.
+    #[error(transparent)]
+    Image(ManifestError),
     /// A layer that is not unpacked.
     #[error("unpacking layer {blob}")]
     Apply {

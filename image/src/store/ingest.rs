@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _, Seek as _, Write as _},
 };
 
 use sha2::{Digest as _, Sha256};
@@ -86,7 +86,7 @@ impl Partial {
             self.written += count as u64;
         }
         if self.written > self.size {
-            self.restart()?;
+            self.empty()?;
         }
         Ok(())
     }
@@ -95,8 +95,12 @@ impl Partial {
     ///
     /// # Errors
     /// When the file system refuses.
-    pub fn restart(&mut self) -> io::Result<()> {
-        use std::io::Seek as _;
+    pub fn restart(&mut self) -> Result<(), StoreError> {
+        let path = self.store.ingest_path(&self.digest);
+        self.empty().map_err(failed("empty", &path))
+    }
+
+    fn empty(&mut self) -> io::Result<()> {
         self.file.set_len(0)?;
         self.file.rewind()?;
         self.sha256 = Sha256::new();
@@ -111,7 +115,7 @@ impl Partial {
     pub fn write(&mut self, data: &[u8]) -> Result<(), StoreError> {
         let path = self.store.ingest_path(&self.digest);
         if self.written + data.len() as u64 > self.size {
-            self.restart().map_err(failed("empty", &path))?;
+            self.restart()?;
             return Err(self.wrong(format!("more than {} bytes", self.size)));
         }
         self.file.write_all(data).map_err(failed("write", &path))?;

@@ -20,16 +20,14 @@ impl Store {
     /// # Errors
     /// When a blob is not in the store, is refused, or the file system refuses.
     pub fn unpack(&self, layers: &[Expected], limits: Limits) -> Result<Vec<PathBuf>, StoreError> {
-        let mut chain: Option<Sha256Digest> = None;
         let mut paths: Vec<PathBuf> = Vec::new();
-        for layer in layers {
-            let id = chain_id(chain, &layer.diff_id);
+        let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id).collect();
+        for (layer, id) in layers.iter().zip(chain(&diff_ids)) {
             let path = self.root.join(LAYERS).join(id.hex());
             if !path.exists() {
                 self.unpack_one(&path, layer, limits, &paths)?;
             }
             paths.insert(0, path);
-            chain = Some(id);
         }
         Ok(paths)
     }
@@ -84,11 +82,17 @@ impl Store {
     }
 }
 
-/// The chainID of a layer upon those with this one (image-spec, config.md, "Layer ChainID").
-fn chain_id(below: Option<Sha256Digest>, diff_id: &Sha256Digest) -> Sha256Digest {
-    below.map_or(*diff_id, |below| {
-        Sha256Digest::of(format!("{below} {diff_id}").as_bytes())
-    })
+/// The chainIDs of layers, the lowest first (image-spec, config.md, "Layer ChainID").
+pub(super) fn chain(diff_ids: &[Sha256Digest]) -> Vec<Sha256Digest> {
+    let mut below: Option<Sha256Digest> = None;
+    let upon = |id: &Sha256Digest| {
+        let chain = below.map_or(*id, |below| {
+            Sha256Digest::of(format!("{below} {id}").as_bytes())
+        });
+        below = Some(chain);
+        chain
+    };
+    diff_ids.iter().map(upon).collect()
 }
 
 fn clear(dir: &Path) -> io::Result<()> {
@@ -110,8 +114,7 @@ mod tests {
     #[test]
     fn chain_ids_are_the_specifications() {
         let (a, b) = (Sha256Digest::of(b"a"), Sha256Digest::of(b"b"));
-        assert_eq!(chain_id(None, &a), a);
-        let text = format!("{a} {b}");
-        assert_eq!(chain_id(Some(a), &b), Sha256Digest::of(text.as_bytes()));
+        let upon = |below, id| Sha256Digest::of(format!("{below} {id}").as_bytes());
+        assert_eq!(chain(&[a, b, a]), [a, upon(a, b), upon(upon(a, b), a)]);
     }
 }

@@ -1,0 +1,182 @@
+//! Images to and from a file: an OCI archive, which is a layout in a tar stream. skopeo, podman, containerd and Docker (from version 25 on)
+//! write and read it.
+
+use std::{
+    collections::BTreeSet,
+    io::{self, Read, Write},
+};
+
+use oci_spec::image::{Descriptor, ImageIndex};
+
+use super::{
+    INDEX, Ingest, LAYOUT, Store, StoreError,
+    images::{NAME, annotation, sorted},
+};
+use crate::{
+    archive::{Archive, Entry, Kind},
+    layer::{Layer, Limits, Sha256Digest},
+    manifest::{MAX_DOCUMENT, ManifestError, Named},
+};
+
+/// A name with its registry, where the other annotation has a tag only (containerd, and Docker after it).
+const FULL_NAME: &str = "io.containerd.image.name";
+
+/// Bytes of an archive, unpacked: as many as its layers may have between them.
+const LIMITS: Limits = Limits {
+    bytes: 1 << 40,
+    ratio: 500,
+};
+
+impl Store {
+    /// Takes the images of an archive in, compressed or not, and gives them their names, which it returns; one without a name has its digest
+    /// for one. Blocks.
+    ///
+    /// # Errors
+    /// When it is no OCI archive, lacks what its index names, or something in it is another than it should be. Names are given last.
+    pub fn load<R: Read>(&self, archive: R) -> Result<Vec<String>, StoreError> {
+        let _use = self.begin()?;
+        let layer = Layer::new(archive, LIMITS).map_err(StoreError::Stream)?;
+        let mut archive = Archive::new(io::BufReader::new(layer));
+        let mut index: Option<ImageIndex> = None;
+        while let Some(entry) = archive.next_entry().map_err(StoreError::Archive)? {
+            let name = entry.display_name();
+            let name = name.strip_prefix("./").unwrap_or(&name);
+            if entry.kind != Kind::File || entry.extents.is_some() {
+                continue;
+            }
+            if name == INDEX.0 {
+                let text = read_document(&mut archive, &entry)?;
+                let parsed = serde_json::from_slice(&text);
+                index = Some(parsed.map_err(|source| {
+                    let what = "archive's index.json";
+                    StoreError::Image(ManifestError::Parse { what, source })
+                })?);
+            } else if let Some(hex) = name.strip_prefix("blobs/sha256/") {
+                let digest = format!("sha256:{hex}").parse();
+                let digest = digest.map_err(|source| {
+                    let what = "archive";
+                    StoreError::Image(ManifestError::Digest { what, source })
+                })?;
+                self.take(&mut archive, &digest, entry.size)?;
+            }
+        }
+        let Some(index) = index else {
+            return Err(invalid("has no index.json: it is no OCI archive"));
+        };
+        let mut names = Vec::new();
+        for descriptor in index.manifests() {
+            let named = Named::of(descriptor).map_err(StoreError::Image)?;
+            // It must be there, and be an image's.
+            self.document(&named)?;
+            names.push(name_of(descriptor));
+        }
+        for (name, descriptor) in names.iter().zip(index.manifests()) {
+            self.tag(name, descriptor)?;
+        }
+        Ok(names)
+    }
+
+    fn take<R: Read>(
+        &self,
+        archive: &mut Archive<R>,
+        digest: &Sha256Digest,
+        size: u64,
+    ) -> Result<(), StoreError> {
+        let mut partial = match self.ingest(digest, size)? {
+            Ingest::There => return Ok(()),
+            Ingest::Partial(partial) => partial,
+        };
+        if partial.written() > 0 {
+            partial.restart()?;
+        }
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            match archive
+                .read_data(&mut buffer)
+                .map_err(StoreError::Archive)?
+            {
+                0 => return partial.commit(),
+                count => partial.write(buffer.get(..count).unwrap_or_default())?,
+            }
+        }
+    }
+
+    /// Writes these images into an archive, each blob once. The same images make the same bytes. Blocks.
+    ///
+    /// # Errors
+    /// When a name is nothing's, something that it leads to is missing, or the archive cannot be written.
+    pub fn save<W: Write>(&self, names: &[&str], archive: W) -> Result<(), StoreError> {
+        let _use = self.begin()?;
+        let all = self.names()?;
+        let mut index = self.index()?;
+        let mut manifests = Vec::new();
+        let mut blobs = BTreeSet::new();
+        for name in names {
+            let found = all.iter().find(|(other, _)| other == name);
+            let Some((_, descriptor)) = found else {
+                return Err(StoreError::NoImage((*name).to_owned()));
+            };
+            let named = Named::of(descriptor).map_err(StoreError::Image)?;
+            blobs.extend(self.led_to(&named)?);
+            let mut annotations = descriptor.annotations().clone().unwrap_or_default();
+            annotations.insert(FULL_NAME.to_owned(), (*name).to_owned());
+            let mut descriptor = descriptor.clone();
+            descriptor.set_annotations(Some(annotations));
+            manifests.push(descriptor);
+        }
+        index.set_manifests(manifests);
+        let index = sorted(&index).map_err(StoreError::Stream)?;
+        let mut builder = tar::Builder::new(archive);
+        let mut add = |name: &str, size: u64, data: &mut dyn Read| {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(size);
+            header.set_mode(0o644);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            let added = builder.append_data(&mut header, name, data);
+            added.map_err(StoreError::Stream)
+        };
+        add(LAYOUT.0, LAYOUT.1.len() as u64, &mut LAYOUT.1.as_bytes())?;
+        add(INDEX.0, index.len() as u64, &mut &*index)?;
+        for digest in blobs {
+            // Of an index, the images of other platforms may never have been wanted.
+            let Some(mut blob) = self.blob(&digest)? else {
+                continue;
+            };
+            let size = blob.metadata().map_err(StoreError::Stream)?.len();
+            add(&format!("blobs/sha256/{}", digest.hex()), size, &mut blob)?;
+        }
+        let mut archive = builder.into_inner().map_err(StoreError::Stream)?;
+        archive.flush().map_err(StoreError::Stream)
+    }
+}
+
+fn invalid(why: &str) -> StoreError {
+    let (what, why) = ("archive", why.to_owned());
+    StoreError::Image(ManifestError::Invalid { what, why })
+}
+
+fn name_of(descriptor: &Descriptor) -> String {
+    annotation(descriptor, FULL_NAME)
+        .or_else(|| annotation(descriptor, NAME))
+        .map_or_else(|| descriptor.digest().to_string(), str::to_owned)
+}
+
+fn read_document<R: Read>(archive: &mut Archive<R>, entry: &Entry) -> Result<Vec<u8>, StoreError> {
+    if entry.size > MAX_DOCUMENT {
+        let (what, size) = ("archive's index.json", entry.size);
+        return Err(StoreError::Image(ManifestError::TooLarge { what, size }));
+    }
+    let mut text = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match archive
+            .read_data(&mut buffer)
+            .map_err(StoreError::Archive)?
+        {
+            0 => return Ok(text),
+            count => text.extend(buffer.get(..count).unwrap_or_default()),
+        }
+    }
+}

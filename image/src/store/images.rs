@@ -1,0 +1,192 @@
+//! Images by name: the entries of the layout's index.json, whose annotation `org.opencontainers.image.ref.name` is the name (image-spec,
+//! annotations.md).
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+};
+
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex};
+use rustix::fs::{FlockOperation, flock};
+
+use super::{INDEX, Store, StoreError, failed, sync_dir};
+use crate::{
+    apply::Expected,
+    layer::Sha256Digest,
+    manifest::{Document, MAX_DOCUMENT, Manifest, ManifestError, Named, Platform, choose, config},
+};
+
+/// An image's name in a layout.
+pub(super) const NAME: &str = "org.opencontainers.image.ref.name";
+
+/// An image of the store, ready to be used.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// The digest of its manifest.
+    pub digest: Sha256Digest,
+    /// What it wants to be run like.
+    pub config: ImageConfiguration,
+    /// Its layers, the lowest first.
+    pub layers: Vec<Expected>,
+}
+
+impl Store {
+    /// What the store has a name for: the name, and the descriptor of a manifest or an index. The ones without a name are nobody's.
+    ///
+    /// # Errors
+    /// When the index cannot be read.
+    pub fn names(&self) -> Result<Vec<(String, Descriptor)>, StoreError> {
+        let index = self.index()?;
+        let named = index.manifests().iter().filter_map(|descriptor| {
+            let name = name_of(descriptor)?.to_owned();
+            Some((name, descriptor.clone()))
+        });
+        Ok(named.collect())
+    }
+
+    /// Gives a name to what this describes, and takes it from whatever had it. Returns once that is on the disk.
+    ///
+    /// # Errors
+    /// When the index cannot be read or written.
+    pub fn tag(&self, name: &str, what: &Descriptor) -> Result<(), StoreError> {
+        self.change(|manifests| {
+            manifests.retain(|other| name_of(other) != Some(name));
+            let mut annotations = what.annotations().clone().unwrap_or_default();
+            annotations.insert(NAME.to_owned(), name.to_owned());
+            let mut named = what.clone();
+            named.set_annotations(Some(annotations));
+            manifests.push(named);
+        })
+    }
+
+    /// Takes a name away. What nothing else leads to goes with the next [`Store::sweep`]. Says whether there was one.
+    ///
+    /// # Errors
+    /// When the index cannot be read or written.
+    pub fn untag(&self, name: &str) -> Result<bool, StoreError> {
+        let mut was_there = false;
+        self.change(|manifests| {
+            let before = manifests.len();
+            manifests.retain(|other| name_of(other) != Some(name));
+            was_there = manifests.len() < before;
+        })?;
+        Ok(was_there)
+    }
+
+    /// The image of this name for this platform; `None`: nothing has the name.
+    ///
+    /// # Errors
+    /// When something that it leads to is missing, is not what it should be, or is for another platform.
+    pub fn image(&self, name: &str, platform: &Platform) -> Result<Option<Image>, StoreError> {
+        let names = self.names()?;
+        let Some((_, descriptor)) = names.into_iter().find(|(other, _)| other == name) else {
+            return Ok(None);
+        };
+        let named = Named::of(&descriptor).map_err(StoreError::Image)?;
+        let (digest, manifest) = match self.document(&named)? {
+            Document::Manifest(manifest) => (named.digest, manifest),
+            Document::Index(index) => {
+                let chosen = choose(&index, platform).map_err(StoreError::Image)?;
+                match self.document(&chosen)? {
+                    Document::Manifest(manifest) => (chosen.digest, manifest),
+                    Document::Index(_) => {
+                        let (what, why) = ("image's index", "leads to another".to_owned());
+                        return Err(StoreError::Image(ManifestError::Invalid { what, why }));
+                    }
+                }
+            }
+        };
+        let config = self.config(&manifest)?;
+        let layers = manifest
+            .layers(&config, platform)
+            .map_err(StoreError::Image)?;
+        Ok(Some(Image {
+            digest,
+            config,
+            layers,
+        }))
+    }
+
+    pub(super) fn index(&self) -> Result<ImageIndex, StoreError> {
+        let path = self.root.join(INDEX.0);
+        let text = fs::read(&path).map_err(failed("read", &path))?;
+        serde_json::from_slice(&text).map_err(|source| {
+            StoreError::Image(ManifestError::Parse {
+                what: "store's index.json",
+                source,
+            })
+        })
+    }
+
+    /// A manifest or an index, as far as it is in the store.
+    pub(super) fn document(&self, named: &Named) -> Result<Document, StoreError> {
+        let text = self.text(named, "image's manifest")?;
+        Document::parse(&text, None).map_err(StoreError::Image)
+    }
+
+    pub(super) fn config(&self, manifest: &Manifest) -> Result<ImageConfiguration, StoreError> {
+        let text = self.text(&manifest.config, "image's configuration")?;
+        config(&text).map_err(StoreError::Image)
+    }
+
+    /// A document's bytes: others may write to the layout, so they are checked.
+    fn text(&self, named: &Named, what: &'static str) -> Result<Vec<u8>, StoreError> {
+        if named.size > MAX_DOCUMENT {
+            let size = named.size;
+            return Err(StoreError::Image(ManifestError::TooLarge { what, size }));
+        }
+        let blob = self.blob(&named.digest)?;
+        let blob = blob.ok_or(StoreError::NoBlob(named.digest))?;
+        let mut text = Vec::new();
+        blob.take(named.size + 1)
+            .read_to_end(&mut text)
+            .map_err(failed("read", &self.blob_path(&named.digest)))?;
+        let found = Sha256Digest::of(&text);
+        if text.len() as u64 != named.size || found != named.digest {
+            return Err(StoreError::WrongBlob {
+                expected: named.digest,
+                found: format!("the store has other bytes under its name, {found}"),
+            });
+        }
+        Ok(text)
+    }
+
+    /// Changes the index; one process at a time.
+    fn change(&self, change: impl FnOnce(&mut Vec<Descriptor>)) -> Result<(), StoreError> {
+        let path = self.root.join(INDEX.0);
+        let lock = || {
+            let root = File::open(&self.root)?;
+            flock(&root, FlockOperation::LockExclusive)?;
+            Ok(root)
+        };
+        let _lock = lock().map_err(failed("lock", &self.root))?;
+        let mut index = self.index()?;
+        let mut manifests = index.manifests().clone();
+        change(&mut manifests);
+        index.set_manifests(manifests);
+        let new = self.root.join("index.json.new");
+        let write = || {
+            let mut file = File::create(&new)?;
+            file.write_all(&sorted(&index)?)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)?;
+            sync_dir(&self.root)
+        };
+        write().map_err(failed("write", &path))
+    }
+}
+
+fn name_of(descriptor: &Descriptor) -> Option<&str> {
+    annotation(descriptor, NAME)
+}
+
+pub(super) fn annotation<'a>(descriptor: &'a Descriptor, key: &str) -> Option<&'a str> {
+    let annotations = descriptor.annotations().as_ref()?;
+    annotations.get(key).map(String::as_str)
+}
+
+/// An index as text, always the same: annotations have no order of their own.
+pub(super) fn sorted(index: &ImageIndex) -> io::Result<Vec<u8>> {
+    let value = serde_json::to_value(index)?;
+    Ok(serde_json::to_vec(&value)?)
+}
