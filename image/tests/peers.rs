@@ -1,0 +1,210 @@
+//! The store beside skopeo and umoci: they read what it writes, it reads what they write, and an image is the same tree to all.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test's helpers fail the test"
+)]
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    os::unix::fs::{PermissionsExt as _, chown, symlink},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use common::{listing, run, tree};
+use husk_image::{
+    layer::{Limits, Sha256Digest},
+    manifest::Platform,
+    store::{Ingest, Store},
+};
+use oci_spec::image::Descriptor;
+use serde_json::json;
+
+const NAME: &str = "two-layers";
+
+fn add(store: &Store, data: &[u8]) -> (String, usize) {
+    let digest = Sha256Digest::of(data);
+    if let Ingest::Partial(mut partial) = store.ingest(&digest, data.len() as u64).unwrap() {
+        partial.write(data).unwrap();
+        partial.commit().unwrap();
+    }
+    (digest.to_string(), data.len())
+}
+
+/// A layer of what a directory has: the blob, and the digest of what is in it. Compressed, as skopeo compresses one that is not.
+fn layer(dir: &Path) -> (Vec<u8>, Sha256Digest) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let mut tar = Command::new("tar");
+    tar.args([
+        "--create",
+        "--format=posix",
+        "--xattrs",
+        "--xattrs-include=*",
+        "--file",
+    ]);
+    run(tar.arg(file.path()).arg("--directory").arg(dir).arg("."));
+    let blob = run(Command::new("gzip").arg("-c").arg(file.path()));
+    (blob, Sha256Digest::of(&fs::read(file.path()).unwrap()))
+}
+
+/// An image of two layers, the second of which changes and deletes what the first has.
+fn image(store: &Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let (lower, upper) = (dir.path().join("lower"), dir.path().join("upper"));
+    let write = |root: &Path, name: &str, text: &str| {
+        let path = root.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    fs::create_dir(&lower).unwrap();
+    tree(&lower);
+    write(&lower, "etc/kept", "kept");
+    write(&lower, "etc/changed", "before");
+    write(&lower, "etc/deleted", "x");
+    write(&lower, "gone/deep/er", "x");
+    write(&lower, "hidden/by-opaque", "x");
+    write(&lower, "file-to-directory", "x");
+    write(&lower, "directory-to-file/x", "x");
+    write(&upper, "etc/changed", "after");
+    write(&upper, "etc/.wh.deleted", "");
+    write(&upper, ".wh.gone", "");
+    write(&upper, "hidden/.wh..wh..opq", "");
+    write(&upper, "hidden/new", "new");
+    write(&upper, "file-to-directory/in", "in");
+    write(&upper, "directory-to-file", "file");
+    symlink("kept", upper.join("etc/link")).unwrap();
+    fs::hard_link(upper.join("etc/changed"), upper.join("etc/other-name")).unwrap();
+    fs::set_permissions(upper.join("etc"), fs::Permissions::from_mode(0o2750)).unwrap();
+    chown(upper.join("etc/changed"), Some(5), Some(6)).unwrap();
+
+    let layers = [layer(&lower), layer(&upper)];
+    let diff_ids = layers.each_ref().map(|(_, diff_id)| diff_id.to_string());
+    let layers = layers.map(|(blob, _)| {
+        let (digest, size) = add(store, &blob);
+        let kind = "application/vnd.oci.image.layer.v1.tar+gzip";
+        json!({"mediaType": kind, "digest": digest, "size": size})
+    });
+    let config = json!({
+        "architecture": Platform::here().architecture, "os": "linux", "config": {"Cmd": ["/bin/sh"]},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    });
+    let (digest, size) = add(store, config.to_string().as_bytes());
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "layers": layers,
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": size},
+    });
+    let (digest, size) = add(store, manifest.to_string().as_bytes());
+    let descriptor = json!({"mediaType": manifest["mediaType"], "digest": digest, "size": size});
+    let descriptor: Descriptor = serde_json::from_value(descriptor).unwrap();
+    store.tag(NAME, &descriptor).unwrap();
+}
+
+/// An image's layers, mounted upon each other. Dropped, they are unmounted.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(layers: &[PathBuf], at: PathBuf) -> Self {
+        fs::create_dir(&at).unwrap();
+        let lower: Vec<_> = layers
+            .iter()
+            .map(|layer| layer.display().to_string())
+            .collect();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "overlay", "overlay", "-o"]);
+        run(mount
+            .arg(format!("ro,lowerdir={}", lower.join(":")))
+            .arg(&at));
+        Self(at)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        run(Command::new("umount").arg(&self.0));
+    }
+}
+
+#[test]
+fn an_image_is_the_tree_that_umoci_makes_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("store");
+    let store = Store::open(&root).unwrap();
+    image(&store);
+    let mut umoci = Command::new("umoci");
+    umoci
+        .arg("unpack")
+        .arg("--image")
+        .arg(format!("{}:{NAME}", root.display()));
+    run(umoci.arg(dir.path().join("umoci")));
+
+    let image = store.image(NAME, &Platform::here()).unwrap().unwrap();
+    let layers = store.unpack(&image.layers, Limits::default()).unwrap();
+    let mounted = Mounted::new(&layers, dir.path().join("merged"));
+    let (ours, theirs) = (
+        listing(&mounted.0),
+        listing(&dir.path().join("umoci/rootfs")),
+    );
+    assert_eq!(
+        ours.keys().collect::<Vec<_>>(),
+        theirs.keys().collect::<Vec<_>>()
+    );
+    for (path, about) in &theirs {
+        assert_eq!(&ours[path], about, "{}", path.display());
+    }
+}
+
+#[test]
+fn images_go_to_skopeo_and_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("store");
+    let store = Store::open(&root).unwrap();
+    image(&store);
+    let copy = |from: String, to: String| {
+        let mut skopeo = Command::new("skopeo");
+        run(skopeo
+            .args(["--insecure-policy", "copy", "--quiet"])
+            .arg(from)
+            .arg(to));
+    };
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let look = |store: &Store, name: &str| {
+        let image = store.image(name, &Platform::here()).unwrap();
+        let image = image.unwrap_or_else(|| panic!("no {name} among {:?}", store.names()));
+        (image.digest, image.layers)
+    };
+    let original = look(&store, NAME);
+
+    // The directory itself, which it reads and writes.
+    copy(
+        format!("oci:{}:{NAME}", path("store")),
+        format!("oci:{}:again", path("store")),
+    );
+    assert_eq!(look(&store, "again"), original);
+    // Our archive, in its hands and back by its own.
+    let archive = File::create(path("ours.tar")).unwrap();
+    store.save(&[NAME], archive).unwrap();
+    copy(
+        format!("oci-archive:{}:{NAME}", path("ours.tar")),
+        format!("oci-archive:{}:theirs", path("theirs.tar")),
+    );
+    let other = Store::open(&dir.path().join("other")).unwrap();
+    let names = other.load(File::open(path("theirs.tar")).unwrap()).unwrap();
+    assert_eq!(names, ["theirs"]);
+    assert_eq!(look(&other, "theirs"), original);
+    // What it has deleted the name of goes.
+    store.untag("again").unwrap();
+    store.untag(NAME).unwrap();
+    let swept = store.sweep(&BTreeSet::new()).unwrap().unwrap();
+    assert_eq!(
+        (
+            swept.blobs,
+            fs::read_dir(root.join("blobs/sha256")).unwrap().count()
+        ),
+        (4, 0)
+    );
+}
