@@ -125,6 +125,30 @@ pub struct Summary {
     pub diff_id: Sha256Digest,
     /// Bytes of the tar stream.
     pub unpacked: u64,
+    /// How the blob is compressed.
+    pub compression: Compression,
+}
+
+/// How a blob is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// RFC 1952.
+    Gzip,
+    /// RFC 8878.
+    Zstd,
+}
+
+impl Summary {
+    /// OCI's name of such a layer (image-spec, layer.md).
+    pub fn media_type(&self) -> &'static str {
+        match self.compression {
+            Compression::None => "application/vnd.oci.image.layer.v1.tar",
+            Compression::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
+            Compression::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
+        }
+    }
 }
 
 enum Decoder<R: Read> {
@@ -212,10 +236,10 @@ impl<R: Read> Layer<R> {
     /// When the rest cannot be read.
     pub fn finish(mut self) -> io::Result<Summary> {
         io::copy(&mut self, &mut io::sink())?;
-        let mut blob = match self.decoder {
-            Decoder::Plain(blob) => blob,
-            Decoder::Gzip(decoder) => decoder.into_inner(),
-            Decoder::Zstd(decoder) => decoder.finish(),
+        let (mut blob, compression) = match self.decoder {
+            Decoder::Plain(blob) => (blob, Compression::None),
+            Decoder::Gzip(decoder) => (decoder.into_inner(), Compression::Gzip),
+            Decoder::Zstd(decoder) => (decoder.finish(), Compression::Zstd),
         };
         io::copy(&mut blob, &mut io::sink())?;
         let blob = blob.into_inner().told;
@@ -224,6 +248,7 @@ impl<R: Read> Layer<R> {
             digest: blob.digest(),
             unpacked: self.told.bytes,
             diff_id: self.told.digest(),
+            compression,
         })
     }
 
@@ -291,8 +316,12 @@ mod tests {
 
         #[test]
         fn what_was_packed_comes_out(data in proptest::collection::vec(any::<u8>(), 0..5000)) {
+            use Compression::{Gzip, Zstd};
             let skippable = [&[0x5a, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 7, 7], &zstd(&data)[..]].concat();
-            for blob in [gzip(&data), zstd(&data), skippable, [gzip(&data[..data.len() / 2]), gzip(&data[data.len() / 2..])].concat()] {
+            let (start, end) = data.split_at(data.len() / 2);
+            let pieces = [gzip(start), gzip(end)].concat();
+            let blobs = [(gzip(&data), Gzip), (pieces, Gzip), (zstd(&data), Zstd), (skippable, Zstd)];
+            for (blob, compression) in blobs {
                 let (text, summary) = read(&blob, Limits::default()).unwrap();
                 prop_assert_eq!(&text, &data);
                 prop_assert_eq!(summary, Summary {
@@ -300,6 +329,7 @@ mod tests {
                     size: blob.len() as u64,
                     diff_id: Sha256Digest::of(&data),
                     unpacked: data.len() as u64,
+                    compression,
                 });
             }
         }
@@ -320,6 +350,7 @@ mod tests {
         let (text, summary) = read(b"plain", Limits::default()).unwrap();
         assert_eq!(text, b"plain");
         assert_eq!(summary.digest, summary.diff_id);
+        assert_eq!(summary.compression, Compression::None);
         assert_eq!(
             Sha256Digest::of(b"abc").to_string(),
             "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

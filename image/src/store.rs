@@ -13,6 +13,7 @@
 
 mod exchange;
 mod images;
+mod import;
 mod ingest;
 mod layers;
 mod sweep;
