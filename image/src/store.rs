@@ -11,6 +11,7 @@
 //! nothing but rests under the other names, which the next who wants the same thing goes on with or clears away. One process at a time makes
 //! a thing; the others wait, and find it there. The lock is one on the unfinished file, so it ends with the process.
 
+mod docker;
 mod exchange;
 mod images;
 mod import;

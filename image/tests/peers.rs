@@ -18,6 +18,7 @@ use std::{
 
 use common::{listing, run, tree};
 use husk_image::{
+    apply::Expected,
     layer::{Limits, Sha256Digest},
     manifest::Platform,
     store::{Ingest, Store},
@@ -196,6 +197,17 @@ fn images_go_to_skopeo_and_come_back() {
     let names = other.load(File::open(path("theirs.tar")).unwrap()).unwrap();
     assert_eq!(names, ["theirs"]);
     assert_eq!(look(&other, "theirs"), original);
+    // Docker's older kind, in which layers are not compressed: another manifest, and the same files.
+    copy(
+        format!("oci:{}:{NAME}", path("store")),
+        format!("docker-archive:{}:busybox:1", path("docker.tar")),
+    );
+    let names = other.load(File::open(path("docker.tar")).unwrap()).unwrap();
+    assert_eq!(names, ["docker.io/library/busybox:1"]);
+    let diff_ids = |layers: &[Expected]| layers.iter().map(|l| l.diff_id).collect::<Vec<_>>();
+    let (_, layers) = look(&other, &names[0]);
+    assert_eq!(diff_ids(&layers), diff_ids(&original.1));
+    assert_eq!(other.unpack(&layers, Limits::default()).unwrap().len(), 2);
     // What it has deleted the name of goes.
     store.untag("again").unwrap();
     store.untag(NAME).unwrap();

@@ -1,5 +1,5 @@
 //! Images to and from a file: an OCI archive, which is a layout in a tar stream. skopeo, podman, containerd and Docker (from version 25 on)
-//! write and read it.
+//! write and read it. Docker's older kind ([`super::docker`]) is read.
 
 use std::{
     collections::BTreeSet,
@@ -9,7 +9,8 @@ use std::{
 use oci_spec::image::{Descriptor, ImageIndex};
 
 use super::{
-    INDEX, Ingest, LAYOUT, Store, StoreError,
+    INDEX, Ingest, LAYOUT, Store, StoreError, docker,
+    docker::Members,
     images::{NAME, annotation, sorted},
 };
 use crate::{
@@ -38,9 +39,13 @@ impl Store {
         let layer = Layer::new(archive, LIMITS).map_err(StoreError::Stream)?;
         let mut archive = Archive::new(io::BufReader::new(layer));
         let mut index: Option<ImageIndex> = None;
+        let mut members = Members::default();
         while let Some(entry) = archive.next_entry().map_err(StoreError::Archive)? {
             let name = entry.display_name();
             let name = name.strip_prefix("./").unwrap_or(&name);
+            if entry.kind == Kind::Symlink {
+                members.add_link(name, &entry.link);
+            }
             if entry.kind != Kind::File || entry.extents.is_some() {
                 continue;
             }
@@ -58,22 +63,38 @@ impl Store {
                     StoreError::Image(ManifestError::Digest { what, source })
                 })?;
                 self.take(&mut archive, &digest, entry.size)?;
+            } else if Members::is_one(name) {
+                let digest = self.take_unnamed(|to| {
+                    copy_data(&mut archive, |data| {
+                        to.write_all(data).map_err(StoreError::Stream)
+                    })
+                })?;
+                members.add(name, digest, entry.size);
             }
         }
-        let Some(index) = index else {
-            return Err(invalid("has no index.json: it is no OCI archive"));
+        let images = match index {
+            Some(index) => self.check(&index)?,
+            None if members.has(docker::MANIFEST) => self.assemble(&members)?,
+            None => {
+                return Err(invalid(
+                    "has neither index.json nor manifest.json: it is no archive of images",
+                ));
+            }
         };
-        let mut names = Vec::new();
-        for descriptor in index.manifests() {
-            let named = Named::of(descriptor).map_err(StoreError::Image)?;
-            // It must be there, and be an image's.
-            self.document(&named)?;
-            names.push(name_of(descriptor));
-        }
-        for (name, descriptor) in names.iter().zip(index.manifests()) {
+        for (name, descriptor) in &images {
             self.tag(name, descriptor)?;
         }
-        Ok(names)
+        Ok(images.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// All that an index names must be there, and be images.
+    fn check(&self, index: &ImageIndex) -> Result<Vec<(String, Descriptor)>, StoreError> {
+        let all = index.manifests().iter().map(|descriptor| {
+            let named = Named::of(descriptor).map_err(StoreError::Image)?;
+            self.document(&named)?;
+            Ok((name_of(descriptor), descriptor.clone()))
+        });
+        all.collect()
     }
 
     fn take<R: Read>(
@@ -152,7 +173,7 @@ impl Store {
     }
 }
 
-fn invalid(why: &str) -> StoreError {
+pub(super) fn invalid(why: &str) -> StoreError {
     let (what, why) = ("archive", why.to_owned());
     StoreError::Image(ManifestError::Invalid { what, why })
 }
@@ -169,14 +190,26 @@ fn read_document<R: Read>(archive: &mut Archive<R>, entry: &Entry) -> Result<Vec
         return Err(StoreError::Image(ManifestError::TooLarge { what, size }));
     }
     let mut text = Vec::new();
-    let mut buffer = [0; 4096];
+    copy_data(archive, |data| {
+        text.extend(data);
+        Ok(())
+    })?;
+    Ok(text)
+}
+
+/// Hands the current entry's data on, piece by piece.
+fn copy_data<R: Read>(
+    archive: &mut Archive<R>,
+    mut to: impl FnMut(&[u8]) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let mut buffer = vec![0; 256 << 10];
     loop {
         match archive
             .read_data(&mut buffer)
             .map_err(StoreError::Archive)?
         {
-            0 => return Ok(text),
-            count => text.extend(buffer.get(..count).unwrap_or_default()),
+            0 => return Ok(()),
+            count => to(buffer.get(..count).unwrap_or_default())?,
         }
     }
 }

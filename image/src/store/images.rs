@@ -130,7 +130,7 @@ impl Store {
     }
 
     /// A document's bytes: others may write to the layout, so they are checked.
-    fn text(&self, named: &Named, what: &'static str) -> Result<Vec<u8>, StoreError> {
+    pub(super) fn text(&self, named: &Named, what: &'static str) -> Result<Vec<u8>, StoreError> {
         if named.size > MAX_DOCUMENT {
             let size = named.size;
             return Err(StoreError::Image(ManifestError::TooLarge { what, size }));

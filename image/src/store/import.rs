@@ -2,18 +2,19 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufReader, Read, Seek as _},
+    io::{self, BufReader, Read, Seek as _, Write},
     path::PathBuf,
 };
 
 use oci_spec::image::{Descriptor, MediaType};
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 use super::{BLOBS, INGEST, Ingest, Store, StoreError, failed, sync_dir};
 use crate::{
     archive::Archive,
     layer::{Layer, Limits, Sha256Digest, Summary},
-    manifest::Platform,
+    manifest::{Named, Platform},
 };
 
 /// A blob whose digest nobody knows yet. Dropped unfinished, it is removed.
@@ -46,7 +47,7 @@ impl Store {
         io::copy(&mut tar, &mut unnamed.file).map_err(StoreError::Stream)?;
         unnamed.file.rewind().map_err(StoreError::Stream)?;
         let layer = look(&unnamed.file, limits)?;
-        self.keep(unnamed, &layer.digest)?;
+        self.keep(&mut unnamed, &layer.digest)?;
 
         let mut config = json!({
             "architecture": platform.architecture, "os": platform.os, "config": {},
@@ -55,24 +56,31 @@ impl Store {
         if let Some(variant) = &platform.variant {
             config["variant"] = json!(variant);
         }
-        let config = self.add_document(&config)?;
-        // The layer's bytes tell how it is compressed, to whoever reads it here; to others its kind does.
+        let config = self.add_document(MediaType::ImageConfig, &config)?;
         let manifest = json!({
-            "schemaVersion": 2, "mediaType": MediaType::ImageManifest,
-            "config": {"mediaType": MediaType::ImageConfig, "digest": config.0.to_string(), "size": config.1},
+            "schemaVersion": 2, "mediaType": MediaType::ImageManifest, "config": config,
             "layers": [{
                 "mediaType": layer.media_type(), "digest": layer.digest.to_string(), "size": layer.size,
             }],
         });
-        let (digest, size) = self.add_document(&manifest)?;
-        let described: oci_spec::image::Digest = digest
-            .to_string()
-            .parse()
-            .map_err(|e| StoreError::Stream(io::Error::other(e)))?;
-        self.tag(
-            name,
-            &Descriptor::new(MediaType::ImageManifest, size, described),
-        )?;
+        let manifest = self.add_document(MediaType::ImageManifest, &manifest)?;
+        self.tag(name, &manifest)?;
+        Ok(Named::of(&manifest).map_err(StoreError::Image)?.digest)
+    }
+
+    /// Makes a blob of what `write` writes. Returns its digest.
+    pub(super) fn take_unnamed(
+        &self,
+        write: impl FnOnce(&mut dyn Write) -> Result<(), StoreError>,
+    ) -> Result<Sha256Digest, StoreError> {
+        let mut unnamed = self.unnamed()?;
+        let mut digesting = Digesting {
+            file: &unnamed.file,
+            sha256: Sha256::new(),
+        };
+        write(&mut digesting)?;
+        let digest = digesting.sha256.into();
+        self.keep(&mut unnamed, &digest)?;
         Ok(digest)
     }
 
@@ -93,7 +101,7 @@ impl Store {
     }
 
     /// Gives a blob its name.
-    fn keep(&self, unnamed: Unnamed, digest: &Sha256Digest) -> Result<(), StoreError> {
+    fn keep(&self, unnamed: &mut Unnamed, digest: &Sha256Digest) -> Result<(), StoreError> {
         let path = &unnamed.path;
         unnamed.file.sync_all().map_err(failed("write out", path))?;
         fs::rename(path, self.blob_path(digest)).map_err(failed("rename", path))?;
@@ -101,7 +109,12 @@ impl Store {
         sync_dir(&dir).map_err(failed("write out", &dir))
     }
 
-    fn add_document(&self, document: &Value) -> Result<(Sha256Digest, u64), StoreError> {
+    /// Makes a blob of a document, and a descriptor of it.
+    pub(super) fn add_document(
+        &self,
+        kind: MediaType,
+        document: &Value,
+    ) -> Result<Descriptor, StoreError> {
         let text = document.to_string();
         let (digest, size) = (Sha256Digest::of(text.as_bytes()), text.len() as u64);
         if let Ingest::Partial(mut partial) = self.ingest(&digest, size)? {
@@ -111,7 +124,30 @@ impl Store {
             partial.write(text.as_bytes())?;
             partial.commit()?;
         }
-        Ok((digest, size))
+        // Its own digests are oci-spec's.
+        let digest: oci_spec::image::Digest = digest
+            .to_string()
+            .parse()
+            .map_err(|e| StoreError::Stream(io::Error::other(e)))?;
+        Ok(Descriptor::new(kind, size, digest))
+    }
+}
+
+/// Digests what it writes.
+struct Digesting<'a> {
+    file: &'a File,
+    sha256: Sha256,
+}
+
+impl Write for Digesting<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let count = self.file.write(data)?;
+        self.sha256.update(data.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }
 

@@ -244,8 +244,8 @@ fn an_archive_is_taken_whole_or_not_at_all() {
     let to = Place::new();
     let load = |archive: &[u8]| to.store.load(archive).unwrap_err().to_string();
     assert!(load(&archive[..archive.len() - 2000]).contains("incomplete"));
-    assert!(load(&one.0).contains("no OCI archive"));
-    assert!(load(b"").contains("no OCI archive"));
+    assert!(load(&one.0).contains("no archive of images"));
+    assert!(load(b"").contains("no archive of images"));
     // Its blob is another's.
     let text = String::from_utf8_lossy(&archive).replace("one", "two");
     assert!(load(text.as_bytes()).contains("is another"));
