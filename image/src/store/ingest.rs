@@ -31,7 +31,8 @@ pub struct Partial {
 }
 
 impl Store {
-    /// Begins to fetch a blob of so many bytes, or goes on where somebody was cut off. Waits for another who fetches it. Blocks.
+    /// Begins to fetch a blob of so many bytes, or goes on where somebody was cut off. Waits for another who fetches it. The caller holds the
+    /// store ([`Store::begin`]) until a name leads to the blob. Blocks.
     ///
     /// # Errors
     /// When the file system refuses.

@@ -15,7 +15,7 @@ use crate::{
 
 impl Store {
     /// The directories of an image's layers, the topmost first, as overlayfs wants its lower ones. Those that are missing are unpacked from
-    /// their blobs. Blocks.
+    /// their blobs. The caller holds the store ([`Store::begin`]) until the next [`Store::sweep`] is told of their user. Blocks.
     ///
     /// # Errors
     /// When a blob is not in the store, is refused, or the file system refuses.
