@@ -171,9 +171,8 @@ impl<R: Read> Archive<R> {
                 // Records for all entries that follow, which no tool for images heeds (Go's archive/tar, on which they are built, does not).
                 EntryType::XGlobalHeader => self.set_data(stored),
                 _ => {
-                    return self
-                        .entry(&header, (long_name, long_link), records)
-                        .map(Some);
+                    let names = (long_name, long_link);
+                    return self.entry(&header, stored, names, records).map(Some);
                 }
             }
         }
@@ -183,6 +182,7 @@ impl<R: Read> Archive<R> {
     fn entry(
         &mut self,
         header: &Header,
+        stored: u64,
         (long_name, long_link): (Option<Vec<u8>>, Option<Vec<u8>>),
         mut records: Records,
     ) -> Result<Entry, ArchiveError> {
@@ -199,12 +199,11 @@ impl<R: Read> Archive<R> {
             .unwrap_or_default();
         self.name = lossy(&name);
         let kind = self.kind(header, &name)?;
-        let stored = match records.size {
-            Some(size) => size,
-            None => self.number("size", &header.as_old().size)?,
-        };
         // Nothing else has data, whatever its size says: a link's is the file's in some archives.
-        let stored = if kind == Kind::File { stored } else { 0 };
+        let stored = match kind {
+            Kind::File => records.size.unwrap_or(stored),
+            _ => 0,
+        };
         let id = |what, record: Option<u64>, field: &[u8]| {
             let id = match record {
                 Some(id) => id,

@@ -14,7 +14,7 @@ mod root;
 
 use std::{
     collections::BTreeMap,
-    ffi::CString,
+    ffi::{CStr, CString},
     io::Read,
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
@@ -156,7 +156,11 @@ impl<'a, R: Read> Unpacker<'a, R> {
             if entry.kind != Kind::Directory {
                 return Err(refused(entry, "the root is a directory"));
             }
-            return self.dress(entry, &place);
+            let root = self
+                .root
+                .dir(b"")
+                .map_err(|source| system("find", entry, source))?;
+            return self.dress(entry, &place, root.as_fd(), c".");
         };
         if let Some(hidden) = name.as_bytes().strip_prefix(WHITEOUT) {
             return self.white_out(entry, parent, name.as_bytes(), hidden);
@@ -172,12 +176,13 @@ impl<'a, R: Read> Unpacker<'a, R> {
             .root
             .make_room(dir, name, entry.kind == Kind::Directory)
             .map_err(fail("replace"))?;
-        if there == There::Other {
+        let is_kept = there == There::Directory && entry.kind == Kind::Directory;
+        if there == There::Directory && !is_kept {
             self.forget_below(&place);
         }
         match entry.kind {
             Kind::Directory => {
-                if there != There::Directory {
+                if !is_kept {
                     mkdirat(dir, name, Mode::from_raw_mode(0o700))
                         .map_err(fail("make the directory"))?;
                 }
@@ -203,7 +208,7 @@ impl<'a, R: Read> Unpacker<'a, R> {
                 self.make_node(entry, dir, name)?
             }
         }
-        self.dress(entry, &place)
+        self.dress(entry, &place, dir, name)
     }
 
     /// The directory that an entry lies in; it is made where the layer takes it for granted.
@@ -415,14 +420,15 @@ impl<'a, R: Read> Unpacker<'a, R> {
     }
 
     /// Gives what has been made its owner, mode, attributes and time.
-    fn dress(&mut self, entry: &Entry, place: &Place) -> Result<(), UnpackError> {
+    fn dress(
+        &mut self,
+        entry: &Entry,
+        place: &Place,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+    ) -> Result<(), UnpackError> {
         let metadata = Metadata::of_entry(entry);
-        let (parent, name) = place.parts();
-        let dir = self
-            .root
-            .dir(parent)
-            .map_err(|source| system("find the directory of", entry, source))?;
-        self.set(entry, &metadata, place, dir.as_fd(), &name, entry.kind)
+        self.set(entry, &metadata, place, dir, name, entry.kind)
     }
 
     fn set(
@@ -431,7 +437,7 @@ impl<'a, R: Read> Unpacker<'a, R> {
         metadata: &Metadata,
         place: &Place,
         dir: BorrowedFd<'_>,
-        name: &CString,
+        name: &CStr,
         kind: Kind,
     ) -> Result<(), UnpackError> {
         let left_out = metadata
@@ -448,9 +454,26 @@ impl<'a, R: Read> Unpacker<'a, R> {
         Ok(())
     }
 
-    /// A directory has gone, with those in it.
+    /// A directory has gone, with those in it. Looks at no others: an archive may replace directories as often as it likes.
     fn forget_below(&mut self, place: &Place) {
-        self.times.retain(|known, _| !known.is_below(place));
+        self.times.remove(place);
+        // In the map's order those in it and those deeper are two stretches: "a.b" lies between "a" and "a/b".
+        let path = place.path();
+        let deeper = [&*path, b"/"].concat();
+        let gone: Vec<Place> = [path, deeper]
+            .into_iter()
+            .flat_map(|parent| {
+                let name = CString::default();
+                let known = self.times.range(Place::Below { parent, name }..);
+                known
+                    .map(|(known, _)| known)
+                    .take_while(|known| known.is_below(place))
+            })
+            .cloned()
+            .collect();
+        for known in gone {
+            self.times.remove(&known);
+        }
     }
 
     fn finish(self) -> Result<Unpacked, UnpackError> {

@@ -67,6 +67,15 @@ impl Place {
         }
     }
 
+    /// Its path from the root; empty: the root.
+    pub(super) fn path(&self) -> Vec<u8> {
+        match self {
+            Self::Root => Vec::new(),
+            Self::Below { parent, name } if parent.is_empty() => name.as_bytes().to_owned(),
+            Self::Below { parent, name } => [parent, name.as_bytes()].join(&b'/'),
+        }
+    }
+
     /// Its name, where it is one alone.
     pub(super) fn into_name(self) -> Option<CString> {
         match self {
@@ -77,21 +86,10 @@ impl Place {
 
     /// Whether it is this one or lies in it.
     pub(super) fn is_below(&self, other: &Self) -> bool {
-        let (
-            Self::Below { parent, .. },
-            Self::Below {
-                parent: above,
-                name,
-            },
-        ) = (self, other)
-        else {
+        let (Self::Below { parent, .. }, Self::Below { .. }) = (self, other) else {
             return self == other || *other == Self::Root;
         };
-        let mut path = above.clone();
-        if !path.is_empty() {
-            path.push(b'/');
-        }
-        path.extend(name.as_bytes());
+        let path = other.path();
         self == other
             || parent
                 .strip_prefix(&*path)

@@ -107,7 +107,7 @@ impl Root {
                 // Open directories may be among what goes.
                 *self.last.borrow_mut() = None;
                 remove_tree(dir, name)?;
-                Ok(There::Other)
+                Ok(There::Directory)
             }
             there => {
                 *self.last.borrow_mut() = None;

@@ -116,6 +116,27 @@ fn later_entries_take_the_place_of_earlier_ones() {
 }
 
 #[test]
+fn a_directory_that_went_leaves_its_time_to_no_other() {
+    let mut layer = Layer::new();
+    for (name, time) in [
+        ("m", 1),
+        ("m/b", 2),
+        ("m/b/c", 3),
+        ("m.b", 4),
+        ("m.b/d", 5),
+        ("a", 6),
+        ("a/b", 7),
+        ("a/b/c", 8),
+    ] {
+        layer = layer.entry(EntryType::Directory, name, |h| h.set_mtime(time), &[]);
+    }
+    let dirs = unpacked(layer.symlink("m", "a"));
+    let time = |name| fs::metadata(dirs.path(name)).unwrap().mtime();
+    let times = ["m.b", "m.b/d", "a", "a/b", "a/b/c"].map(time);
+    assert_eq!(times, [4, 5, 6, 7, 8]);
+}
+
+#[test]
 fn a_link_changes_what_it_names_and_not_where_it_leads() {
     let dirs = unpacked(
         Layer::new()
