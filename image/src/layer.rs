@@ -7,6 +7,7 @@ use std::{
 };
 
 use flate2::bufread::MultiGzDecoder;
+use oci_spec::image::MediaType;
 use sha2::{Digest as _, Sha256};
 
 /// log2 of the most memory that a zstd stream may ask for: 32 MiB. RFC 8878 (3.1.1.1.2) has every decoder take 8 MiB; only `--ultra` asks for more.
@@ -142,11 +143,11 @@ pub enum Compression {
 
 impl Summary {
     /// OCI's name of such a layer (image-spec, layer.md).
-    pub fn media_type(&self) -> &'static str {
+    pub fn media_type(&self) -> MediaType {
         match self.compression {
-            Compression::None => "application/vnd.oci.image.layer.v1.tar",
-            Compression::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
-            Compression::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
+            Compression::None => MediaType::ImageLayer,
+            Compression::Gzip => MediaType::ImageLayerGzip,
+            Compression::Zstd => MediaType::ImageLayerZstd,
         }
     }
 }

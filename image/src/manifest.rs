@@ -322,7 +322,10 @@ pub fn choose(index: &ImageIndex, platform: &Platform) -> Result<Named, Manifest
     named("image's index", found)
 }
 
-fn parse<T: DeserializeOwned>(what: &'static str, text: &[u8]) -> Result<T, ManifestError> {
+pub(crate) fn parse<T: DeserializeOwned>(
+    what: &'static str,
+    text: &[u8],
+) -> Result<T, ManifestError> {
     if text.len() as u64 > MAX_DOCUMENT {
         let size = text.len() as u64;
         return Err(ManifestError::TooLarge { what, size });
@@ -337,7 +340,7 @@ fn named(what: &'static str, descriptor: &Descriptor) -> Result<Named, ManifestE
     })
 }
 
-fn digest(what: &'static str, text: &str) -> Result<Sha256Digest, ManifestError> {
+pub(crate) fn digest(what: &'static str, text: &str) -> Result<Sha256Digest, ManifestError> {
     text.parse()
         .map_err(|source| ManifestError::Digest { what, source })
 }

@@ -73,7 +73,7 @@ pub enum StoreError {
     Stream(#[source] io::Error),
     /// What an archive says.
     #[error(transparent)]
-    Archive(ArchiveError),
+    Archive(#[from] ArchiveError),
     /// A blob that is not there.
     #[error("the store has no blob {0}: pull its image again")]
     NoBlob(Sha256Digest),
@@ -87,7 +87,7 @@ pub enum StoreError {
     },
     /// An image's documents.
     #[error(transparent)]
-    Image(ManifestError),
+    Image(#[from] ManifestError),
     /// A layer that is not unpacked.
     #[error("unpacking layer {blob}")]
     Apply {
@@ -135,10 +135,19 @@ impl Store {
         if path.exists() {
             return Ok(());
         }
-        let new = self.root.join(format!("{name}.{}.new", std::process::id()));
+        self.replace(
+            name,
+            &format!("{name}.{}.new", std::process::id()),
+            text.as_bytes(),
+        )
+    }
+
+    /// Writes a file of the layout under a new name, and gives it its own when it is on the disk.
+    fn replace(&self, name: &str, new: &str, text: &[u8]) -> Result<(), StoreError> {
+        let (path, new) = (self.root.join(name), self.root.join(new));
         let write = || {
             let mut file = File::create(&new)?;
-            file.write_all(text.as_bytes())?;
+            file.write_all(text)?;
             file.sync_all()?;
             fs::rename(&new, &path)?;
             sync_dir(&self.root)

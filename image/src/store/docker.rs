@@ -10,12 +10,11 @@ use oci_spec::{
     image::{Descriptor, MediaType},
 };
 use serde::Deserialize;
-use serde_json::json;
 
-use super::{Store, StoreError, exchange::invalid};
+use super::{Store, StoreError, exchange::invalid, import::describe};
 use crate::{
     layer::Sha256Digest,
-    manifest::{ManifestError, Named},
+    manifest::{Named, parse},
 };
 
 /// The file that names the images.
@@ -95,23 +94,16 @@ impl Store {
         members: &Members,
     ) -> Result<Vec<(String, Descriptor)>, StoreError> {
         let text = self.text(members.get(MANIFEST)?, "archive's manifest.json")?;
-        let entries: Vec<Entry> = serde_json::from_slice(&text).map_err(|source| {
-            let what = "archive's manifest.json";
-            StoreError::Image(ManifestError::Parse { what, source })
-        })?;
+        let entries: Vec<Entry> = parse("archive's manifest.json", &text)?;
         let mut images = Vec::new();
         for entry in entries {
-            let describe = |kind: &MediaType, named: &Named| json!({"mediaType": kind, "digest": named.digest.to_string(), "size": named.size});
-            let config = describe(&MediaType::ImageConfig, members.get(&entry.config)?);
+            let config = describe(MediaType::ImageConfig, members.get(&entry.config)?)?;
             let layers = entry
                 .layers
                 .iter()
-                .map(|name| Ok(describe(&MediaType::ImageLayer, members.get(name)?)))
+                .map(|name| describe(MediaType::ImageLayer, members.get(name)?))
                 .collect::<Result<Vec<_>, StoreError>>()?;
-            let manifest = json!({
-                "schemaVersion": 2, "mediaType": MediaType::ImageManifest, "config": config, "layers": layers,
-            });
-            let descriptor = self.add_document(MediaType::ImageManifest, &manifest)?;
+            let descriptor = self.add_manifest(&config, &layers)?;
             let tags = entry.repo_tags.unwrap_or_default();
             if tags.is_empty() {
                 images.push((descriptor.digest().to_string(), descriptor.clone()));

@@ -9,14 +9,14 @@ use std::{
 use oci_spec::image::{Descriptor, ImageIndex};
 
 use super::{
-    INDEX, Ingest, LAYOUT, Store, StoreError, docker,
+    INDEX, LAYOUT, Store, StoreError, docker,
     docker::Members,
     images::{NAME, annotation, sorted},
 };
 use crate::{
     archive::{Archive, Entry, Kind},
     layer::{Layer, Limits, Sha256Digest},
-    manifest::{MAX_DOCUMENT, ManifestError, Named},
+    manifest::{MAX_DOCUMENT, ManifestError, Named, digest, parse},
 };
 
 /// A name with its registry, where the other annotation has a tag only (containerd, and Docker after it).
@@ -40,7 +40,7 @@ impl Store {
         let mut archive = Archive::new(io::BufReader::new(layer));
         let mut index: Option<ImageIndex> = None;
         let mut members = Members::default();
-        while let Some(entry) = archive.next_entry().map_err(StoreError::Archive)? {
+        while let Some(entry) = archive.next_entry()? {
             let name = entry.display_name();
             let name = name.strip_prefix("./").unwrap_or(&name);
             if entry.kind == Kind::Symlink {
@@ -51,17 +51,9 @@ impl Store {
             }
             if name == INDEX.0 {
                 let text = read_document(&mut archive, &entry)?;
-                let parsed = serde_json::from_slice(&text);
-                index = Some(parsed.map_err(|source| {
-                    let what = "archive's index.json";
-                    StoreError::Image(ManifestError::Parse { what, source })
-                })?);
+                index = Some(parse("archive's index.json", &text)?);
             } else if let Some(hex) = name.strip_prefix("blobs/sha256/") {
-                let digest = format!("sha256:{hex}").parse();
-                let digest = digest.map_err(|source| {
-                    let what = "archive";
-                    StoreError::Image(ManifestError::Digest { what, source })
-                })?;
+                let digest = digest("archive", &format!("sha256:{hex}"))?;
                 self.take(&mut archive, &digest, entry.size)?;
             } else if Members::is_one(name) {
                 let digest = self.take_unnamed(|to| {
@@ -90,7 +82,7 @@ impl Store {
     /// All that an index names must be there, and be images.
     fn check(&self, index: &ImageIndex) -> Result<Vec<(String, Descriptor)>, StoreError> {
         let all = index.manifests().iter().map(|descriptor| {
-            let named = Named::of(descriptor).map_err(StoreError::Image)?;
+            let named = Named::of(descriptor)?;
             self.document(&named)?;
             Ok((name_of(descriptor), descriptor.clone()))
         });
@@ -103,23 +95,11 @@ impl Store {
         digest: &Sha256Digest,
         size: u64,
     ) -> Result<(), StoreError> {
-        let mut partial = match self.ingest(digest, size)? {
-            Ingest::There => return Ok(()),
-            Ingest::Partial(partial) => partial,
+        let Some(mut partial) = self.ingest_anew(digest, size)? else {
+            return Ok(());
         };
-        if partial.written() > 0 {
-            partial.restart()?;
-        }
-        let mut buffer = vec![0; 256 << 10];
-        loop {
-            match archive
-                .read_data(&mut buffer)
-                .map_err(StoreError::Archive)?
-            {
-                0 => return partial.commit(),
-                count => partial.write(buffer.get(..count).unwrap_or_default())?,
-            }
-        }
+        copy_data(archive, |data| partial.write(data))?;
+        partial.commit()
     }
 
     /// Writes these images into an archive, each blob once. The same images make the same bytes. Blocks.
@@ -137,7 +117,7 @@ impl Store {
             let Some((_, descriptor)) = found else {
                 return Err(StoreError::NoImage((*name).to_owned()));
             };
-            let named = Named::of(descriptor).map_err(StoreError::Image)?;
+            let named = Named::of(descriptor)?;
             blobs.extend(self.led_to(&named)?);
             let mut annotations = descriptor.annotations().clone().unwrap_or_default();
             annotations.insert(FULL_NAME.to_owned(), (*name).to_owned());
@@ -204,10 +184,7 @@ fn copy_data<R: Read>(
 ) -> Result<(), StoreError> {
     let mut buffer = vec![0; 256 << 10];
     loop {
-        match archive
-            .read_data(&mut buffer)
-            .map_err(StoreError::Archive)?
-        {
+        match archive.read_data(&mut buffer)? {
             0 => return Ok(()),
             count => to(buffer.get(..count).unwrap_or_default())?,
         }

@@ -3,13 +3,13 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _},
 };
 
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex};
 use rustix::fs::{FlockOperation, flock};
 
-use super::{INDEX, Store, StoreError, failed, sync_dir};
+use super::{INDEX, Store, StoreError, failed};
 use crate::{
     apply::Expected,
     layer::Sha256Digest,
@@ -82,11 +82,11 @@ impl Store {
         let Some((_, descriptor)) = names.into_iter().find(|(other, _)| other == name) else {
             return Ok(None);
         };
-        let named = Named::of(&descriptor).map_err(StoreError::Image)?;
+        let named = Named::of(&descriptor)?;
         let (digest, manifest) = match self.document(&named)? {
             Document::Manifest(manifest) => (named.digest, manifest),
             Document::Index(index) => {
-                let chosen = choose(&index, platform).map_err(StoreError::Image)?;
+                let chosen = choose(&index, platform)?;
                 match self.document(&chosen)? {
                     Document::Manifest(manifest) => (chosen.digest, manifest),
                     Document::Index(_) => {
@@ -97,9 +97,7 @@ impl Store {
             }
         };
         let config = self.config(&manifest)?;
-        let layers = manifest
-            .layers(&config, platform)
-            .map_err(StoreError::Image)?;
+        let layers = manifest.layers(&config, platform)?;
         Ok(Some(Image {
             digest,
             config,
@@ -121,12 +119,12 @@ impl Store {
     /// A manifest or an index, as far as it is in the store.
     pub(super) fn document(&self, named: &Named) -> Result<Document, StoreError> {
         let text = self.text(named, "image's manifest")?;
-        Document::parse(&text, None).map_err(StoreError::Image)
+        Ok(Document::parse(&text, None)?)
     }
 
     pub(super) fn config(&self, manifest: &Manifest) -> Result<ImageConfiguration, StoreError> {
         let text = self.text(&manifest.config, "image's configuration")?;
-        config(&text).map_err(StoreError::Image)
+        Ok(config(&text)?)
     }
 
     /// A document's bytes: others may write to the layout, so they are checked.
@@ -153,7 +151,6 @@ impl Store {
 
     /// Changes the index; one process at a time.
     fn change(&self, change: impl FnOnce(&mut Vec<Descriptor>)) -> Result<(), StoreError> {
-        let path = self.root.join(INDEX.0);
         let lock = || {
             let root = File::open(&self.root)?;
             flock(&root, FlockOperation::LockExclusive)?;
@@ -164,15 +161,8 @@ impl Store {
         let mut manifests = index.manifests().clone();
         change(&mut manifests);
         index.set_manifests(manifests);
-        let new = self.root.join("index.json.new");
-        let write = || {
-            let mut file = File::create(&new)?;
-            file.write_all(&sorted(&index)?)?;
-            file.sync_all()?;
-            fs::rename(&new, &path)?;
-            sync_dir(&self.root)
-        };
-        write().map_err(failed("write", &path))
+        let text = sorted(&index).map_err(failed("write", &self.root.join(INDEX.0)))?;
+        self.replace(INDEX.0, "index.json.new", &text)
     }
 }
 

@@ -10,7 +10,7 @@ use oci_spec::image::{Descriptor, MediaType};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::{BLOBS, INGEST, Ingest, Store, StoreError, failed, sync_dir};
+use super::{INGEST, Store, StoreError, failed};
 use crate::{
     archive::Archive,
     layer::{Layer, Limits, Sha256Digest, Summary},
@@ -47,7 +47,7 @@ impl Store {
         io::copy(&mut tar, &mut unnamed.file).map_err(StoreError::Stream)?;
         unnamed.file.rewind().map_err(StoreError::Stream)?;
         let layer = look(&unnamed.file, limits)?;
-        self.keep(&mut unnamed, &layer.digest)?;
+        self.keep(&unnamed.file, &unnamed.path, &layer.digest)?;
 
         let mut config = json!({
             "architecture": platform.architecture, "os": platform.os, "config": {},
@@ -57,15 +57,13 @@ impl Store {
             config["variant"] = json!(variant);
         }
         let config = self.add_document(MediaType::ImageConfig, &config)?;
-        let manifest = json!({
-            "schemaVersion": 2, "mediaType": MediaType::ImageManifest, "config": config,
-            "layers": [{
-                "mediaType": layer.media_type(), "digest": layer.digest.to_string(), "size": layer.size,
-            }],
-        });
-        let manifest = self.add_document(MediaType::ImageManifest, &manifest)?;
+        let named = Named {
+            digest: layer.digest,
+            size: layer.size,
+        };
+        let manifest = self.add_manifest(&config, &[describe(layer.media_type(), &named)?])?;
         self.tag(name, &manifest)?;
-        Ok(Named::of(&manifest).map_err(StoreError::Image)?.digest)
+        Ok(Named::of(&manifest)?.digest)
     }
 
     /// Makes a blob of what `write` writes. Returns its digest.
@@ -73,14 +71,14 @@ impl Store {
         &self,
         write: impl FnOnce(&mut dyn Write) -> Result<(), StoreError>,
     ) -> Result<Sha256Digest, StoreError> {
-        let mut unnamed = self.unnamed()?;
+        let unnamed = self.unnamed()?;
         let mut digesting = Digesting {
             file: &unnamed.file,
             sha256: Sha256::new(),
         };
         write(&mut digesting)?;
         let digest = digesting.sha256.into();
-        self.keep(&mut unnamed, &digest)?;
+        self.keep(&unnamed.file, &unnamed.path, &digest)?;
         Ok(digest)
     }
 
@@ -100,37 +98,41 @@ impl Store {
         }
     }
 
-    /// Gives a blob its name.
-    fn keep(&self, unnamed: &mut Unnamed, digest: &Sha256Digest) -> Result<(), StoreError> {
-        let path = &unnamed.path;
-        unnamed.file.sync_all().map_err(failed("write out", path))?;
-        fs::rename(path, self.blob_path(digest)).map_err(failed("rename", path))?;
-        let dir = self.root.join(BLOBS);
-        sync_dir(&dir).map_err(failed("write out", &dir))
+    /// Makes a blob of a manifest, and a descriptor of it.
+    pub(super) fn add_manifest(
+        &self,
+        config: &Descriptor,
+        layers: &[Descriptor],
+    ) -> Result<Descriptor, StoreError> {
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": MediaType::ImageManifest, "config": config, "layers": layers,
+        });
+        self.add_document(MediaType::ImageManifest, &manifest)
     }
 
     /// Makes a blob of a document, and a descriptor of it.
-    pub(super) fn add_document(
-        &self,
-        kind: MediaType,
-        document: &Value,
-    ) -> Result<Descriptor, StoreError> {
+    fn add_document(&self, kind: MediaType, document: &Value) -> Result<Descriptor, StoreError> {
         let text = document.to_string();
-        let (digest, size) = (Sha256Digest::of(text.as_bytes()), text.len() as u64);
-        if let Ingest::Partial(mut partial) = self.ingest(&digest, size)? {
-            if partial.written() > 0 {
-                partial.restart()?;
-            }
+        let named = Named {
+            digest: Sha256Digest::of(text.as_bytes()),
+            size: text.len() as u64,
+        };
+        if let Some(mut partial) = self.ingest_anew(&named.digest, named.size)? {
             partial.write(text.as_bytes())?;
             partial.commit()?;
         }
-        // Its own digests are oci-spec's.
-        let digest: oci_spec::image::Digest = digest
-            .to_string()
-            .parse()
-            .map_err(|e| StoreError::Stream(io::Error::other(e)))?;
-        Ok(Descriptor::new(kind, size, digest))
+        describe(kind, &named)
     }
+}
+
+/// A descriptor, in oci-spec's terms.
+pub(super) fn describe(kind: MediaType, named: &Named) -> Result<Descriptor, StoreError> {
+    let digest: oci_spec::image::Digest = named
+        .digest
+        .to_string()
+        .parse()
+        .map_err(|e| StoreError::Stream(io::Error::other(e)))?;
+    Ok(Descriptor::new(kind, named.size, digest))
 }
 
 /// Digests what it writes.
@@ -156,7 +158,7 @@ fn look(blob: &File, limits: Limits) -> Result<Summary, StoreError> {
     let layer = Layer::new(blob, limits).map_err(StoreError::Stream)?;
     let mut archive = Archive::new(BufReader::new(layer));
     let mut is_empty = true;
-    while archive.next_entry().map_err(StoreError::Archive)?.is_some() {
+    while archive.next_entry()?.is_some() {
         is_empty = false;
     }
     let mut rest = archive.into_inner();

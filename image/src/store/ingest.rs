@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, Write as _},
+    path::Path,
 };
 
 use sha2::{Digest as _, Sha256};
@@ -66,6 +67,34 @@ impl Store {
         };
         partial.read_back().map_err(failed("read", &path))?;
         Ok(Ingest::Partial(partial))
+    }
+
+    /// The same where a blob can only be had from its beginning. `None`: it is there.
+    pub(super) fn ingest_anew(
+        &self,
+        digest: &Sha256Digest,
+        size: u64,
+    ) -> Result<Option<Partial>, StoreError> {
+        let Ingest::Partial(mut partial) = self.ingest(digest, size)? else {
+            return Ok(None);
+        };
+        if partial.written() > 0 {
+            partial.restart()?;
+        }
+        Ok(Some(partial))
+    }
+
+    /// Makes a file, whole and with this digest, a blob.
+    pub(super) fn keep(
+        &self,
+        file: &File,
+        path: &Path,
+        digest: &Sha256Digest,
+    ) -> Result<(), StoreError> {
+        file.sync_all().map_err(failed("write out", path))?;
+        fs::rename(path, self.blob_path(digest)).map_err(failed("rename", path))?;
+        let dir = self.root.join(BLOBS);
+        sync_dir(&dir).map_err(failed("write out", &dir))
     }
 }
 
@@ -140,11 +169,7 @@ impl Partial {
             fs::remove_file(&path).map_err(failed("remove", &path))?;
             return Err(self.wrong(format!("its digest is {found}")));
         }
-        self.file.sync_all().map_err(failed("write out", &path))?;
-        let blob = self.store.blob_path(&self.digest);
-        fs::rename(&path, &blob).map_err(failed("rename", &path))?;
-        let dir = self.store.root.join(BLOBS);
-        sync_dir(&dir).map_err(failed("write out", &dir))
+        self.store.keep(&self.file, &path, &self.digest)
     }
 
     fn wrong(&self, found: String) -> StoreError {

@@ -121,7 +121,7 @@ impl Store {
     fn wanted(&self) -> Result<Wanted, StoreError> {
         let mut wanted = Wanted::default();
         for descriptor in self.index()?.manifests() {
-            let named = Named::of(descriptor).map_err(StoreError::Image)?;
+            let named = Named::of(descriptor)?;
             self.add_wanted(&mut wanted, &named)?;
         }
         Ok(wanted)
@@ -154,7 +154,7 @@ impl Store {
             }
             Document::Index(index) => {
                 for descriptor in index.manifests() {
-                    let named = Named::of(descriptor).map_err(StoreError::Image)?;
+                    let named = Named::of(descriptor)?;
                     // Of the platforms only those that somebody wanted.
                     if self.blob(&named.digest)?.is_some() {
                         self.add_wanted(wanted, &named)?;
