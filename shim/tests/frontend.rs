@@ -319,15 +319,21 @@ fn a_pods_containers_share_its_shim() {
     host.nothing_is_left();
 }
 
-#[test]
-fn a_pod_goes_with_its_sandbox_container_where_that_is_all_containerd_has() {
+/// A pod of a sandbox container and `c2`, and its shim.
+fn pod_with_a_member() -> (Host, ProcessId) {
     let host = Host::new();
     host.bundle("pod", &SANDBOX);
-    let second = host.bundle("c2", &CONTAINER);
+    host.bundle("c2", &CONTAINER);
     host.started("pod");
     host.started("c2");
     let shim = host.serving("pod");
-    fs::remove_dir_all(second).unwrap();
+    (host, shim)
+}
+
+#[test]
+fn a_pod_goes_with_its_sandbox_container_where_that_is_all_containerd_has() {
+    let (host, shim) = pod_with_a_member();
+    fs::remove_dir_all(host.path("bundles/c2")).unwrap();
     host.delete("pod");
     assert!(!shim.is_alive());
     host.nothing_is_left();
@@ -335,12 +341,7 @@ fn a_pod_goes_with_its_sandbox_container_where_that_is_all_containerd_has() {
 
 #[test]
 fn a_pod_whose_shim_does_not_answer_goes_with_its_sandbox_container() {
-    let host = Host::new();
-    host.bundle("pod", &SANDBOX);
-    host.bundle("c2", &CONTAINER);
-    host.started("pod");
-    host.started("c2");
-    let shim = host.serving("pod");
+    let (host, shim) = pod_with_a_member();
     nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(shim.pid),
         nix::sys::signal::Signal::SIGSTOP,
