@@ -30,7 +30,7 @@ fn output_and_exit_code_0(suite: &Context) -> Result<()> {
 }
 
 fn exit_codes_pass_through(suite: &Context) -> Result<()> {
-    for code in [1, 255] {
+    for code in [1, 42, 126, 127, 255] {
         suite.sh(&format!("exit {code}"))?.exited(code)?;
     }
     // What a shell says of a command it cannot find or run.
