@@ -29,6 +29,7 @@ use rustix::fs::{FlockOperation, flock};
 
 pub use images::Image;
 pub use ingest::{Ingest, Partial};
+pub use layers::Blobs;
 pub use sweep::{Swept, Use};
 
 use crate::{
@@ -85,6 +86,12 @@ pub enum StoreError {
         /// And what was wrong.
         found: String,
     },
+    /// A blob that somebody fetches, and has given up.
+    #[error("the blob {0} has not come to its end")]
+    GivenUp(Sha256Digest),
+    /// A thread of husk's own that did not come to its end.
+    #[error("a part of husk has failed: {0}")]
+    Task(String),
     /// An image's documents.
     #[error(transparent)]
     Image(#[from] ManifestError),

@@ -7,6 +7,8 @@
 )]
 
 mod common;
+#[path = "common/images.rs"]
+mod images;
 
 use std::{
     collections::BTreeSet,
@@ -17,41 +19,10 @@ use std::{
 };
 
 use common::{listing, run, tree};
-use husk_image::{
-    apply::Expected,
-    layer::{Limits, Sha256Digest},
-    manifest::Platform,
-    store::{Ingest, Store},
-};
-use oci_spec::image::Descriptor;
-use serde_json::json;
+use husk_image::{apply::Expected, layer::Limits, manifest::Platform, store::Store};
+use images::{layer, publish};
 
 const NAME: &str = "two-layers";
-
-fn add(store: &Store, data: &[u8]) -> (String, usize) {
-    let digest = Sha256Digest::of(data);
-    if let Ingest::Partial(mut partial) = store.ingest(&digest, data.len() as u64).unwrap() {
-        partial.write(data).unwrap();
-        partial.commit().unwrap();
-    }
-    (digest.to_string(), data.len())
-}
-
-/// A layer of what a directory has: the blob, and the digest of what is in it. Compressed, as skopeo compresses one that is not.
-fn layer(dir: &Path) -> (Vec<u8>, Sha256Digest) {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let mut tar = Command::new("tar");
-    tar.args([
-        "--create",
-        "--format=posix",
-        "--xattrs",
-        "--xattrs-include=*",
-        "--file",
-    ]);
-    run(tar.arg(file.path()).arg("--directory").arg(dir).arg("."));
-    let blob = run(Command::new("gzip").arg("-c").arg(file.path()));
-    (blob, Sha256Digest::of(&fs::read(file.path()).unwrap()))
-}
 
 /// An image of two layers, the second of which changes and deletes what the first has.
 fn image(store: &Store) {
@@ -83,26 +54,7 @@ fn image(store: &Store) {
     fs::set_permissions(upper.join("etc"), fs::Permissions::from_mode(0o2750)).unwrap();
     chown(upper.join("etc/changed"), Some(5), Some(6)).unwrap();
 
-    let layers = [layer(&lower), layer(&upper)];
-    let diff_ids = layers.each_ref().map(|(_, diff_id)| diff_id.to_string());
-    let layers = layers.map(|(blob, _)| {
-        let (digest, size) = add(store, &blob);
-        let kind = "application/vnd.oci.image.layer.v1.tar+gzip";
-        json!({"mediaType": kind, "digest": digest, "size": size})
-    });
-    let config = json!({
-        "architecture": Platform::here().architecture, "os": "linux", "config": {"Cmd": ["/bin/sh"]},
-        "rootfs": {"type": "layers", "diff_ids": diff_ids},
-    });
-    let (digest, size) = add(store, config.to_string().as_bytes());
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "layers": layers,
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": size},
-    });
-    let (digest, size) = add(store, manifest.to_string().as_bytes());
-    let descriptor = json!({"mediaType": manifest["mediaType"], "digest": digest, "size": size});
-    let descriptor: Descriptor = serde_json::from_value(descriptor).unwrap();
-    store.tag(NAME, &descriptor).unwrap();
+    publish(store, NAME, &[layer(&lower), layer(&upper)]);
 }
 
 /// An image's layers, mounted upon each other. Dropped, they are unmounted.

@@ -122,7 +122,7 @@ impl Store {
         Ok(Document::parse(&text, None)?)
     }
 
-    pub(super) fn config(&self, manifest: &Manifest) -> Result<ImageConfiguration, StoreError> {
+    pub(crate) fn config(&self, manifest: &Manifest) -> Result<ImageConfiguration, StoreError> {
         let text = self.text(&manifest.config, "image's configuration")?;
         Ok(config(&text)?)
     }

@@ -70,7 +70,7 @@ impl Store {
     }
 
     /// The same where a blob can only be had from its beginning. `None`: it is there.
-    pub(super) fn ingest_anew(
+    pub(crate) fn ingest_anew(
         &self,
         digest: &Sha256Digest,
         size: u64,
@@ -102,6 +102,15 @@ impl Partial {
     /// Bytes that are there: the next must be those that follow.
     pub fn written(&self) -> u64 {
         self.written
+    }
+
+    /// Reads what has come, from its beginning, however far that is.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn reader(&self) -> Result<File, StoreError> {
+        let path = self.store.ingest_path(&self.digest);
+        File::open(&path).map_err(failed("open", &path))
     }
 
     /// What is there from before counts, if it can be the blob's beginning.

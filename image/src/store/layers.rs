@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -13,6 +13,31 @@ use crate::{
     unpack::Options,
 };
 
+/// Where blobs are read from that become layers.
+pub trait Blobs {
+    /// Opens one.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    fn open(&self, digest: &Sha256Digest) -> Result<Box<dyn Read>, StoreError>;
+
+    /// Was what has been read of it something else, so that it is to be read anew?
+    fn was_void(&self, _digest: &Sha256Digest) -> bool {
+        false
+    }
+
+    /// The layer is there.
+    fn unpacked(&self, _digest: &Sha256Digest) {}
+}
+
+/// The store's own.
+impl Blobs for Store {
+    fn open(&self, digest: &Sha256Digest) -> Result<Box<dyn Read>, StoreError> {
+        let blob = self.blob(digest)?;
+        Ok(Box::new(blob.ok_or(StoreError::NoBlob(*digest))?))
+    }
+}
+
 impl Store {
     /// The directories of an image's layers, the topmost first, as overlayfs wants its lower ones. Those that are missing are unpacked from
     /// their blobs. The caller holds the store ([`Store::begin`]) until the next [`Store::sweep`] is told of their user. Blocks.
@@ -20,13 +45,27 @@ impl Store {
     /// # Errors
     /// When a blob is not in the store, is refused, or the file system refuses.
     pub fn unpack(&self, layers: &[Expected], limits: Limits) -> Result<Vec<PathBuf>, StoreError> {
+        self.unpack_from(layers, limits, self)
+    }
+
+    /// The same with blobs that are on their way into the store.
+    ///
+    /// # Errors
+    /// When a blob cannot be had, is refused, or the file system refuses.
+    pub fn unpack_from(
+        &self,
+        layers: &[Expected],
+        limits: Limits,
+        blobs: &dyn Blobs,
+    ) -> Result<Vec<PathBuf>, StoreError> {
         let mut paths: Vec<PathBuf> = Vec::new();
         let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id).collect();
         for (layer, id) in layers.iter().zip(chain(&diff_ids)) {
             let path = self.root.join(LAYERS).join(id.hex());
             if !path.exists() {
-                self.unpack_one(&path, layer, limits, &paths)?;
+                self.unpack_one(&path, layer, limits, &paths, blobs)?;
             }
+            blobs.unpacked(&layer.digest);
             paths.insert(0, path);
         }
         Ok(paths)
@@ -38,10 +77,8 @@ impl Store {
         layer: &Expected,
         limits: Limits,
         lowers: &[PathBuf],
+        blobs: &dyn Blobs,
     ) -> Result<(), StoreError> {
-        let blob = self
-            .blob(&layer.digest)?
-            .ok_or(StoreError::NoBlob(layer.digest))?;
         let new = path.with_extension("new");
         let made = || match fs::create_dir(&new) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
@@ -58,14 +95,27 @@ impl Store {
         if path.exists() {
             return fs::remove_dir_all(&new).map_err(failed("remove", &new));
         }
-        // Somebody was cut off here.
-        clear(&new).map_err(failed("clear", &new))?;
         let lowers: Vec<&Path> = lowers.iter().map(PathBuf::as_path).collect();
         let options = Options {
             lowers: &lowers,
             ..Options::default()
         };
-        if let Err(source) = apply(blob, layer, limits, &new, options) {
+        let applied = loop {
+            // Somebody was cut off here.
+            clear(&new).map_err(failed("clear", &new))?;
+            let blob = match blobs.open(&layer.digest) {
+                Ok(blob) => blob,
+                Err(error) => {
+                    let _ = fs::remove_dir_all(&new);
+                    return Err(error);
+                }
+            };
+            match apply(blob, layer, limits, &new, options) {
+                Err(_) if blobs.was_void(&layer.digest) => {}
+                applied => break applied,
+            }
+        };
+        if let Err(source) = applied {
             // Whoever wants it next finds out for himself.
             let _ = fs::remove_dir_all(&new);
             return Err(StoreError::Apply {
