@@ -4,7 +4,7 @@
 //! The documents are parsed by `oci-spec`. Here they become what the rest may rely on: the layers, from the lowest up, each with the digests
 //! and the size that it must have.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use oci_spec::image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Os};
 use serde::de::DeserializeOwned;
@@ -110,6 +110,36 @@ impl Platform {
             architecture,
             variant,
         }
+    }
+}
+
+/// A text that names no platform.
+#[derive(Debug, thiserror::Error)]
+#[error("it is OS/ARCH or OS/ARCH/VARIANT, as linux/amd64 or linux/arm/v7")]
+pub struct BadPlatform;
+
+impl FromStr for Platform {
+    type Err = BadPlatform;
+
+    fn from_str(text: &str) -> Result<Self, BadPlatform> {
+        let parts: Vec<&str> = text.split('/').collect();
+        let is_word = |part: &&str| {
+            let is_sound = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
+            !part.is_empty() && part.bytes().all(is_sound)
+        };
+        let (os, architecture, variant) = match *parts {
+            [os, architecture] => (os, architecture, None),
+            [os, architecture, variant] => (os, architecture, Some(variant)),
+            _ => return Err(BadPlatform),
+        };
+        if !parts.iter().all(is_word) {
+            return Err(BadPlatform);
+        }
+        Ok(Self {
+            os: Os::from(os),
+            architecture: Arch::from(architecture),
+            variant: variant.map(str::to_owned),
+        })
     }
 }
 
@@ -392,6 +422,20 @@ mod tests {
         match read(&index, None).unwrap() {
             Document::Index(index) => *index,
             Document::Manifest(_) => panic!("a manifest"),
+        }
+    }
+
+    #[test]
+    fn platforms_are_read_as_they_are_told() {
+        for text in ["linux/amd64", "linux/arm/v7", "plan9/s390x"] {
+            assert_eq!(text.parse::<Platform>().unwrap().to_string(), text);
+        }
+        assert_eq!(
+            "linux/amd64".parse::<Platform>().unwrap().architecture,
+            Arch::Amd64
+        );
+        for text in ["", "amd64", "linux/", "/x", "a/b/c/d", "linux/am d"] {
+            assert!(text.parse::<Platform>().is_err(), "{text}");
         }
     }
 

@@ -20,13 +20,13 @@ pub enum BadName {
     /// It has another form.
     #[error(
         "{name:?} names no image: {}; a name is [REGISTRY[:PORT]/]REPOSITORY[:TAG][@sha256:DIGEST]",
-        why(.name, .source)
+        why(.name, .reason)
     )]
     Form {
         /// The text.
         name: String,
-        /// What is wrong.
-        source: ParseError,
+        /// What is wrong; the message has it.
+        reason: ParseError,
     },
     /// Its digest is of a kind that husk does not check.
     #[error("{name:?} names an image by a digest that husk cannot use")]
@@ -39,12 +39,12 @@ pub enum BadName {
 }
 
 /// The parser's reason, or the commonest one that it does not tell.
-fn why(name: &str, source: &ParseError) -> String {
+fn why(name: &str, reason: &ParseError) -> String {
     let is_case = name.to_lowercase().parse::<Reference>().is_ok();
-    if is_case && *source == ParseError::ReferenceInvalidFormat {
+    if is_case && *reason == ParseError::ReferenceInvalidFormat {
         return ParseError::NameContainsUppercase.to_string();
     }
-    source.to_string()
+    reason.to_string()
 }
 
 impl ImageName {
@@ -74,9 +74,9 @@ impl FromStr for ImageName {
 
     fn from_str(text: &str) -> Result<Self, BadName> {
         let name = || text.to_owned();
-        let form = |source| BadName::Form {
+        let form = |reason| BadName::Form {
             name: name(),
-            source,
+            reason,
         };
         let mut reference: Reference = text.parse().map_err(form)?;
         // "A/a" is read with a host "A", which then becomes an owner of Docker Hub that there cannot be.

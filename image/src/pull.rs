@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use oci_spec::image::{Descriptor, DescriptorBuilder, MediaType};
+use oci_spec::image::MediaType;
 use tokio::{sync::Semaphore, task::JoinSet};
 
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     manifest::{Document, ManifestError, Named, Platform, choose},
     name::ImageName,
     registry::{Endpoint, PullError, Settings, Sink},
-    store::{Blobs, Image, Ingest, Partial, Store, StoreError},
+    store::{Blobs, Image, Ingest, Partial, Store, StoreError, describe},
 };
 use arrival::{Arrival, Ticket};
 
@@ -177,7 +177,7 @@ async fn pull_from(
     let config = blocking(move || Ok(reader.config(&part)?)).await?;
     let layers = manifest.layers(&config, &options.platform)?;
     let paths = layers_from(store, &endpoint, &layers, options.limits, progress).await?;
-    let descriptor = descriptor(&named, &kind)?;
+    let descriptor = describe(MediaType::from(&*kind), &named)?;
     let (tagger, name) = (store.clone(), name.to_string());
     let platform = options.platform.clone();
     let image = blocking(move || {
@@ -415,20 +415,6 @@ async fn keep(store: &Store, named: &Named, text: Vec<u8>) -> Result<(), PullErr
         Ok(())
     })
     .await
-}
-
-fn descriptor(named: &Named, media_type: &str) -> Result<Descriptor, PullError> {
-    let invalid = |e: oci_spec::OciSpecError| ManifestError::Invalid {
-        what: "image's descriptor",
-        why: e.to_string(),
-    };
-    let digest: oci_spec::image::Digest = named.digest.to_string().parse().map_err(invalid)?;
-    let built = DescriptorBuilder::default()
-        .media_type(MediaType::from(media_type))
-        .digest(digest)
-        .size(named.size)
-        .build();
-    Ok(built.map_err(invalid)?)
 }
 
 /// What blocks has a thread of its own.

@@ -27,7 +27,8 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 
-pub use images::Image;
+pub use images::{Image, Listed};
+pub(crate) use import::describe;
 pub use ingest::{Ingest, Partial};
 pub use layers::Blobs;
 pub use sweep::{Swept, Use};

@@ -83,11 +83,12 @@ pub enum SettingsError {
         source: io::Error,
     },
     /// What it says. TOML's own message has the line and the keys that there are.
-    #[error("{} is not understood: {source}", path.display())]
+    #[error("{} is not understood", path.display())]
     Parse {
         /// Which.
         path: PathBuf,
         /// What is wrong.
+        #[source]
         source: Box<toml::de::Error>,
     },
     /// A host that is none.
@@ -212,7 +213,7 @@ mod tests {
     #[test]
     fn a_mistake_is_told_with_its_place() {
         let error = read("[registry.\"a.b\"]\nmirror = []\n").unwrap_err();
-        let text = error.to_string();
+        let text = std::error::Error::source(&error).unwrap().to_string();
         assert!(text.contains("mirror") && text.contains("line 2"), "{text}");
         for host in ["https://a.b", "a.b/c", "a b", "", "word"] {
             let text = format!("[registry.\"docker.io\"]\nmirrors = [{host:?}]\n");

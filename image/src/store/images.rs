@@ -30,7 +30,54 @@ pub struct Image {
     pub layers: Vec<Expected>,
 }
 
+/// What is to be said of a name.
+#[derive(Debug, Clone)]
+pub struct Listed {
+    /// The name.
+    pub name: String,
+    /// What it leads to: an index, or a manifest.
+    pub descriptor: Descriptor,
+    /// Bytes of all blobs that it leads to, as far as they are in the store.
+    pub size: u64,
+    /// The image for the platform asked for, if there is one in the store.
+    pub image: Option<Image>,
+}
+
 impl Store {
+    /// All names, and what they lead to.
+    ///
+    /// # Errors
+    /// When the index, or what a name leads to, cannot be read.
+    pub fn list(&self, platform: &Platform) -> Result<Vec<Listed>, StoreError> {
+        let _use = self.begin()?;
+        let one = |(name, descriptor): (String, Descriptor)| {
+            let mut size = 0;
+            // What is broken has a name nevertheless, by which it can be removed.
+            let led_to = Named::of(&descriptor).map(|named| self.led_to(&named));
+            for digest in led_to.ok().and_then(Result::ok).unwrap_or_default() {
+                if let Some(blob) = self.blob(&digest)? {
+                    let path = self.blob_path(&digest);
+                    size += blob.metadata().map_err(failed("look at", &path))?.len();
+                }
+            }
+            let image = match self.image(&name, platform) {
+                Ok(image) => image,
+                // Another platform's, as it was loaded from an archive; or something broken.
+                Err(
+                    StoreError::Image(_) | StoreError::NoBlob(_) | StoreError::WrongBlob { .. },
+                ) => None,
+                Err(error) => return Err(error),
+            };
+            Ok(Listed {
+                name,
+                descriptor,
+                size,
+                image,
+            })
+        };
+        self.names()?.into_iter().map(one).collect()
+    }
+
     /// What the store has a name for: the name, and the descriptor of a manifest or an index. The ones without a name are nobody's.
     ///
     /// # Errors

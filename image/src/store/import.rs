@@ -126,7 +126,7 @@ impl Store {
 }
 
 /// A descriptor, in oci-spec's terms.
-pub(super) fn describe(kind: MediaType, named: &Named) -> Result<Descriptor, StoreError> {
+pub(crate) fn describe(kind: MediaType, named: &Named) -> Result<Descriptor, StoreError> {
     let digest: oci_spec::image::Digest = named
         .digest
         .to_string()

@@ -1,5 +1,10 @@
 //! A real registry, Debian's docker-registry, on a port of its own; and a proxy in front of it that misbehaves as it is told.
 
+#![allow(
+    dead_code,
+    reason = "each of the tests that share it uses a part of it"
+)]
+
 use std::{
     fs,
     io::{Read, Write},

@@ -1,0 +1,103 @@
+//! `husk pull`.
+
+use std::{io::Write as _, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use husk_image::{
+    layer::Limits,
+    name::ImageName,
+    pull::{Options, Pulled, pull as pull_image},
+};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::{
+    args,
+    place::{Place, platform},
+    progress,
+};
+
+/// The most memory, in bytes, that a registry can make a pull take. A pull of whatever size needs a twentieth; tokens and errors are read by
+/// oci-client, which has no bound for them.
+const MEMORY: u64 = 1 << 30;
+
+pub(crate) fn pull(place: &Place, args: &args::Pull) -> Result<()> {
+    let name: ImageName = args.image.parse()?;
+    let options = Options {
+        platform: platform(args.platform.as_deref())?,
+        limits: Limits::default(),
+        settings: place.settings()?,
+    };
+    let store = place.store()?;
+    let before = store
+        .names()?
+        .into_iter()
+        .find(|(other, _)| *other == name.to_string());
+    let progress = progress::of(args);
+    let _memory = MemoryLimit::set(MEMORY);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting threads")?;
+    let pulled = runtime.block_on(pull_image(
+        &store,
+        &name,
+        &options,
+        Arc::clone(&progress) as _,
+    ));
+    // What is left waits for a helper or a lock, and ends with the process.
+    runtime.shutdown_background();
+    progress.end();
+    let pulled = pulled.with_context(|| format!("pulling {name}"))?;
+    let was_there =
+        before.is_some_and(|(_, old)| old.digest().as_ref() == pulled.digest.to_string());
+    told(args, &name, &pulled, was_there)
+}
+
+/// The end, as docker tells it.
+fn told(args: &args::Pull, name: &ImageName, pulled: &Pulled, was_there: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let end = serde_json::json!({
+            "status": "pulled", "name": name.to_string(), "digest": pulled.digest.to_string(), "new": !was_there,
+        });
+        writeln!(out, "{end}")?;
+        return Ok(());
+    }
+    if !args.quiet {
+        writeln!(out, "Digest: {}", pulled.digest)?;
+        let status = match was_there {
+            true => "Image is up to date",
+            false => "Downloaded newer image",
+        };
+        writeln!(out, "Status: {status} for {name}")?;
+    }
+    writeln!(out, "{name}")?;
+    Ok(())
+}
+
+/// While it lives, this process gets no more memory. Programs that it starts have the limit too.
+struct MemoryLimit(Rlimit);
+
+impl MemoryLimit {
+    /// `None`: it has a stricter one.
+    fn set(most: u64) -> Option<Self> {
+        let old = getrlimit(Resource::Data);
+        if old.current.is_some_and(|current| current <= most) {
+            return None;
+        }
+        let new = Rlimit {
+            current: Some(most),
+            maximum: old.maximum,
+        };
+        // It is one's own, and lower than it was.
+        setrlimit(Resource::Data, new).ok()?;
+        Some(Self(old))
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        // The hard limit was never changed, so it is allowed.
+        let _ = setrlimit(Resource::Data, self.0);
+    }
+}
