@@ -37,6 +37,34 @@ pub struct Args {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Create a container and run it.
+    Run(Run),
+    /// Create a container without running it.
+    Create(Create),
+    /// Run containers that were created or have ended.
+    Start(Start),
+    /// Run one more command in a container.
+    Exec(Exec),
+    /// Attach to a container's input and output.
+    Attach(Attach),
+    /// Show what a container has written.
+    Logs(Logs),
+    /// List containers.
+    Ps(Ps),
+    /// Ask containers to end, and kill those that do not.
+    Stop(Stop),
+    /// Send containers a signal.
+    Kill(Kill),
+    /// Wait for containers to end; print their exit codes.
+    Wait(Containers),
+    /// Pause all processes of containers.
+    Pause(Containers),
+    /// Let paused containers go on.
+    Unpause(Containers),
+    /// Remove containers.
+    Rm(Rm),
+    /// Show all that is known of containers, as JSON.
+    Inspect(Containers),
     /// Pull an image from a registry.
     Pull(Pull),
     /// List images.
@@ -51,12 +79,15 @@ pub enum Command {
     Save(Save),
     /// Make an image of a root file system in a tar archive.
     Import(Import),
-    /// Remove what no name leads to.
+    /// Remove containers that have ended, and what no image's name leads to.
     Prune(Prune),
     /// Show versions.
     Version(Version),
     /// Print the completions for a shell.
     Completion(Completion),
+    /// Look after one container.
+    #[command(hide = true)]
+    Monitor(Monitor),
 }
 
 /// How a list is printed.
@@ -66,6 +97,258 @@ pub enum Format {
     Table,
     /// One JSON object a line.
     Json,
+}
+
+/// `husk create`, and what `husk run` has of it.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Create {
+    /// The container's name; without it, one is made up.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Keep its input open.
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give it a terminal.
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Remove it when it has ended.
+    #[arg(long = "rm")]
+    pub remove: bool,
+    /// Set a variable: NAME=VALUE, or NAME for the caller's own value.
+    #[arg(short, long, value_name = "VARIABLE")]
+    pub env: Vec<String>,
+    /// Set the variables of a file, a line each.
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Mount a directory or a file of the host, or a named volume: SOURCE:TARGET[:ro].
+    #[arg(short, long, value_name = "VOLUME")]
+    pub volume: Vec<String>,
+    /// Mount a file system in memory: TARGET[:OPTIONS].
+    #[arg(long, value_name = "TARGET")]
+    pub tmpfs: Vec<String>,
+    /// The working directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// As whom: USER[:GROUP], names or numbers.
+    #[arg(short, long)]
+    pub user: Option<String>,
+    /// Run this instead of the image's entry point.
+    #[arg(long, value_name = "PROGRAM")]
+    pub entrypoint: Option<String>,
+    /// The most memory, as 512m or 2g.
+    #[arg(short, long, value_name = "BYTES")]
+    pub memory: Option<String>,
+    /// The most CPUs, as 1.5.
+    #[arg(long, value_name = "NUMBER")]
+    pub cpus: Option<f64>,
+    /// The most processes.
+    #[arg(long, value_name = "NUMBER")]
+    pub pids_limit: Option<i64>,
+    /// Let nothing change its root file system.
+    #[arg(long)]
+    pub read_only: bool,
+    /// Add a capability, or ALL.
+    #[arg(long, value_name = "CAPABILITY")]
+    pub cap_add: Vec<String>,
+    /// Take a capability away, or ALL.
+    #[arg(long, value_name = "CAPABILITY")]
+    pub cap_drop: Vec<String>,
+    /// seccomp=unconfined, seccomp=FILE, no-new-privileges.
+    #[arg(long, value_name = "OPTION")]
+    pub security_opt: Vec<String>,
+    /// A resource limit: NAME=SOFT[:HARD].
+    #[arg(long, value_name = "LIMIT")]
+    pub ulimit: Vec<String>,
+    /// The host name; without it, the id.
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// An annotation of its specification, io.husk.* among them: KEY=VALUE.
+    #[arg(long, value_name = "ANNOTATION")]
+    pub annotation: Vec<String>,
+    /// The signal that asks it to end; without it, the image's, or SIGTERM.
+    #[arg(long, value_name = "SIGNAL")]
+    pub stop_signal: Option<String>,
+    /// The network: none. (Others follow.)
+    #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = ["none"])]
+    pub network: String,
+    /// Pull the image: always, if it is missing, or never.
+    #[arg(long, value_enum, default_value_t = PullPolicy::Missing)]
+    pub pull: PullPolicy,
+    /// Do not show the pull.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// The image.
+    pub image: String,
+    /// What to run in place of the image's own command.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// When `husk run` and `husk create` pull.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PullPolicy {
+    /// Each time.
+    Always,
+    /// If the image is not there.
+    Missing,
+    /// Not at all.
+    Never,
+}
+
+/// `husk run`.
+#[derive(Debug, clap::Args)]
+pub struct Run {
+    /// Print its id and leave it running.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// The container.
+    #[command(flatten)]
+    pub create: Create,
+}
+
+/// `husk start`.
+#[derive(Debug, clap::Args)]
+pub struct Start {
+    /// Attach to its output.
+    #[arg(short, long)]
+    pub attach: bool,
+    /// Attach to its input too.
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// `husk exec`.
+#[derive(Debug, clap::Args)]
+pub struct Exec {
+    /// Leave it running.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Keep its input open.
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give it a terminal.
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Set a variable: NAME=VALUE.
+    #[arg(short, long, value_name = "VARIABLE")]
+    pub env: Vec<String>,
+    /// The working directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// As whom: USER[:GROUP], names or numbers.
+    #[arg(short, long)]
+    pub user: Option<String>,
+    /// All capabilities.
+    #[arg(long)]
+    pub privileged: bool,
+    /// The container.
+    pub container: String,
+    /// What to run.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// `husk attach`.
+#[derive(Debug, clap::Args)]
+pub struct Attach {
+    /// Do not attach to its input.
+    #[arg(long)]
+    pub no_stdin: bool,
+    /// The container.
+    pub container: String,
+}
+
+/// `husk logs`.
+#[derive(Debug, clap::Args)]
+pub struct Logs {
+    /// Go on as long as it runs.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Only so many lines of the end.
+    #[arg(short = 'n', long, value_name = "LINES")]
+    pub tail: Option<usize>,
+    /// With the time of each line.
+    #[arg(short, long)]
+    pub timestamps: bool,
+    /// The container.
+    pub container: String,
+}
+
+/// `husk ps`.
+#[derive(Debug, clap::Args)]
+pub struct Ps {
+    /// Those too that do not run.
+    #[arg(short, long)]
+    pub all: bool,
+    /// Print nothing but ids.
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Print whole ids and commands.
+    #[arg(long)]
+    pub no_trunc: bool,
+    /// How to print.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+}
+
+/// `husk stop`.
+#[derive(Debug, clap::Args)]
+pub struct Stop {
+    /// Seconds until it is killed.
+    #[arg(
+        short,
+        long,
+        alias = "timeout",
+        default_value_t = 10,
+        value_name = "SECONDS"
+    )]
+    pub time: u64,
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// `husk kill`.
+#[derive(Debug, clap::Args)]
+pub struct Kill {
+    /// A name or a number.
+    #[arg(short, long, default_value = "KILL")]
+    pub signal: String,
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// `husk rm`.
+#[derive(Debug, clap::Args)]
+pub struct Rm {
+    /// Kill it if it runs; one that is not there is no error.
+    #[arg(short, long)]
+    pub force: bool,
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// Commands that take containers and nothing else.
+#[derive(Debug, clap::Args)]
+pub struct Containers {
+    /// Names, ids, or beginnings of ids.
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// The process that looks after one container; started by `husk start`, not by hand.
+#[derive(Debug, clap::Args)]
+pub struct Monitor {
+    /// The container's id.
+    pub id: String,
+    /// Start it when somebody has attached.
+    #[arg(long)]
+    pub attached: bool,
 }
 
 /// `husk pull`.
@@ -160,7 +443,7 @@ pub struct Import {
 /// `husk prune`.
 #[derive(Debug, clap::Args)]
 pub struct Prune {
-    /// Remove all images, with their names.
+    /// Remove all images that no container has, with their names.
     #[arg(short, long)]
     pub all: bool,
     /// Do not ask.

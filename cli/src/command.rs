@@ -1,6 +1,9 @@
 //! What each command does.
 
-use std::io::{self, Write as _};
+use std::{
+    fmt,
+    io::{self, Write as _},
+};
 
 use anyhow::Result;
 use clap::CommandFactory as _;
@@ -9,9 +12,9 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     archives,
     args::{Args, Command},
-    images,
+    exec, images, lifecycle, look, monitor,
     place::Place,
-    pull, version,
+    pull, run, version,
 };
 
 /// Does what the command line says.
@@ -29,6 +32,21 @@ pub fn run(args: Args) -> Result<()> {
         .init();
     let place = Place::new(args.root, args.registries);
     match args.command {
+        Command::Run(args) => run::run(&place, &args),
+        Command::Create(args) => run::create(&place, &args),
+        Command::Start(args) => run::start(&place, &args),
+        Command::Attach(args) => run::attach_to(&place, &args),
+        Command::Exec(args) => exec::exec(&place, &args),
+        Command::Logs(args) => look::logs(&place, &args),
+        Command::Ps(args) => look::list(&place, &args),
+        Command::Inspect(args) => look::inspect(&place, &args),
+        Command::Stop(args) => lifecycle::stop(&place, &args),
+        Command::Kill(args) => lifecycle::kill(&place, &args),
+        Command::Wait(args) => lifecycle::wait(&place, &args),
+        Command::Pause(args) => lifecycle::pause(&place, &args),
+        Command::Unpause(args) => lifecycle::unpause(&place, &args),
+        Command::Rm(args) => lifecycle::remove(&place, &args),
+        Command::Monitor(args) => monitor::run(&place, &args),
         Command::Pull(args) => pull::pull(&place, &args),
         Command::Images(args) => images::list(&place, &args),
         Command::Rmi(args) => images::remove(&place, &args),
@@ -43,6 +61,55 @@ pub fn run(args: Args) -> Result<()> {
             clap_complete::generate(args.shell, &mut Args::command(), "husk", &mut script);
             Ok(io::stdout().write_all(&script)?)
         }
+    }
+}
+
+/// An error with an exit code of its own.
+#[derive(Debug)]
+pub(crate) struct Code {
+    code: u8,
+    /// `None`: all has been said.
+    error: Option<anyhow::Error>,
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.error {
+            Some(error) => write!(f, "{error:#}"),
+            None => write!(f, "exit code {}", self.code),
+        }
+    }
+}
+
+impl std::error::Error for Code {}
+
+impl Code {
+    /// Ends with this code and says nothing.
+    pub(crate) fn silent(code: u8) -> anyhow::Error {
+        Self { code, error: None }.into()
+    }
+
+    /// Ends with this code.
+    pub(crate) fn with(code: u8, error: anyhow::Error) -> anyhow::Error {
+        let error = Some(error);
+        Self { code, error }.into()
+    }
+
+    /// husk's own failure, where a container's exit code was expected: 125, as docker has it.
+    pub(crate) fn own(error: anyhow::Error) -> anyhow::Error {
+        if error.is::<Self>() {
+            error
+        } else {
+            Self::with(125, error)
+        }
+    }
+}
+
+/// What the process ends with, and what is said before.
+pub fn ending(error: &anyhow::Error) -> (u8, Option<String>) {
+    match error.downcast_ref::<Code>() {
+        Some(Code { code, error }) => (*code, error.as_ref().map(|error| format!("{error:#}"))),
+        None => (1, Some(format!("{error:#}"))),
     }
 }
 

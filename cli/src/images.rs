@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use chrono::{DateTime, Utc};
 use husk_image::{
+    layer::Sha256Digest,
     manifest::Platform,
     name::ImageName,
     store::{Listed, Store, Swept},
@@ -16,7 +17,7 @@ use husk_image::{
 use serde::Serialize;
 
 use crate::{
-    args, human,
+    args, human, lifecycle,
     place::{Place, find, id},
     table,
 };
@@ -145,12 +146,24 @@ pub(crate) fn tag(place: &Place, args: &args::Tag) -> Result<()> {
     Ok(store.tag(&name.to_string(), &image.descriptor)?)
 }
 
+/// The layers that containers stand on.
+fn kept(place: &Place) -> Result<BTreeSet<Sha256Digest>> {
+    let containers = place.containers()?.all()?;
+    let chains = containers
+        .iter()
+        .flat_map(|container| &container.record.chain);
+    // They are the store's own names for them.
+    chains
+        .map(|hex| Ok(format!("sha256:{hex}").parse()?))
+        .collect()
+}
+
 pub(crate) fn remove(place: &Place, args: &args::Rmi) -> Result<()> {
     let store = place.store()?;
     let mut out = io::stdout().lock();
     let mut failed = false;
     for word in &args.images {
-        match names_to_remove(&store, word, args.force) {
+        match names_to_remove(place, &store, word, args.force) {
             Ok(names) => {
                 for name in names {
                     if store.untag(&name)? {
@@ -166,7 +179,7 @@ pub(crate) fn remove(place: &Place, args: &args::Rmi) -> Result<()> {
             }
         }
     }
-    let swept = store.sweep(&BTreeSet::new())?;
+    let swept = store.sweep(&kept(place)?)?;
     if swept.is_none() {
         eprintln!(
             "husk: somebody is pulling or loading: what no name leads to goes with the next `husk prune`"
@@ -178,9 +191,31 @@ pub(crate) fn remove(place: &Place, args: &args::Rmi) -> Result<()> {
     Ok(())
 }
 
-fn names_to_remove(store: &Store, word: &str, force: bool) -> Result<Vec<String>> {
+fn names_to_remove(place: &Place, store: &Store, word: &str, force: bool) -> Result<Vec<String>> {
     let images = store.list(&Platform::here())?;
     let found = find(&images, word)?;
+    let is_it = |image: &Listed, id: &str| {
+        image
+            .image
+            .as_ref()
+            .is_some_and(|i| i.digest.to_string() == id)
+    };
+    let names_left = |image: &Listed| {
+        let same = |other: &&Listed| other.descriptor.digest() == image.descriptor.digest();
+        images.iter().filter(same).count() - found.len()
+    };
+    for container in place.containers()?.all()? {
+        let used = found
+            .iter()
+            .find(|image| is_it(image, &container.record.image_id));
+        if let Some(image) = used.filter(|image| !force && names_left(image) == 0) {
+            bail!(
+                "{} is the image of container {}: remove that first, or --force takes the image's name away and leaves the container what it has",
+                image.name,
+                container.record.name
+            );
+        }
+    }
     if found.len() > 1 && !force {
         let names: Vec<&str> = found.iter().map(|image| &*image.name).collect();
         bail!(
@@ -194,8 +229,8 @@ fn names_to_remove(store: &Store, word: &str, force: bool) -> Result<Vec<String>
 pub(crate) fn prune(place: &Place, args: &args::Prune) -> Result<()> {
     let store = place.store()?;
     let what = match args.all {
-        true => "all images",
-        false => "what no image's name leads to",
+        true => "all containers that do not run, and all images that no container has",
+        false => "all containers that do not run, and what no image's name leads to",
     };
     if !args.force && !confirmed(&format!("This removes {what}. Go on?"))? {
         bail!("nothing was removed");

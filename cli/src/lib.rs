@@ -5,11 +5,25 @@
 
 mod archives;
 pub mod args;
+mod attach;
 pub mod command;
+mod container;
+mod exec;
+mod files;
+mod frame;
 mod human;
 mod images;
+mod lifecycle;
+mod log;
+mod look;
+mod monitor;
+mod names;
 mod place;
 mod progress;
 mod pull;
+mod run;
+mod shim;
+mod spec;
 mod table;
+mod terminal;
 mod version;

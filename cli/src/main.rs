@@ -11,8 +11,11 @@ fn main() -> ExitCode {
         // Whoever reads the output has seen enough.
         Err(error) if command::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("husk: {error:#}");
-            ExitCode::FAILURE
+            let (code, said) = command::ending(&error);
+            if let Some(said) = said {
+                eprintln!("husk: {said}");
+            }
+            ExitCode::from(code)
         }
     }
 }

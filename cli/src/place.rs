@@ -1,6 +1,6 @@
 //! Where things are, and names for them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use husk_image::{
@@ -9,6 +9,8 @@ use husk_image::{
     registry::Settings,
     store::{Listed, Store},
 };
+
+use crate::container::Containers;
 
 /// What the global flags say.
 pub(crate) struct Place {
@@ -19,6 +21,16 @@ pub(crate) struct Place {
 impl Place {
     pub(crate) fn new(root: PathBuf, registries: PathBuf) -> Self {
         Self { root, registries }
+    }
+
+    /// Where all of it is.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The containers; their directory is made where there is none.
+    pub(crate) fn containers(&self) -> Result<Containers> {
+        Containers::new(&self.root)
     }
 
     /// The images' store; made where there is none.

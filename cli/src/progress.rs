@@ -36,6 +36,15 @@ pub(crate) fn of(args: &args::Pull) -> Arc<dyn Shown> {
     }
 }
 
+/// Beside something else, which has the output: bars on a terminal, or nothing.
+pub(crate) fn beside(quiet: bool) -> Arc<dyn Shown> {
+    if !quiet && io::stderr().is_terminal() {
+        // indicatif draws on standard error.
+        return Arc::new(Bars::default());
+    }
+    Arc::new(())
+}
+
 /// The short name of a layer, as docker shows it.
 fn short(digest: &Sha256Digest) -> String {
     digest.hex().chars().take(12).collect()

@@ -5,6 +5,7 @@ use std::{io::Write as _, sync::Arc};
 use anyhow::{Context as _, Result};
 use husk_image::{
     layer::Limits,
+    manifest::Platform,
     name::ImageName,
     pull::{Options, Pulled, pull as pull_image},
 };
@@ -13,12 +14,46 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::{
     args,
     place::{Place, platform},
-    progress,
+    progress::{self, Shown},
 };
 
 /// The most memory, in bytes, that a registry can make a pull take. A pull of whatever size needs a twentieth; tokens and errors are read by
 /// oci-client, which has no bound for them.
 const MEMORY: u64 = 1 << 30;
+
+/// For a container that wants an image which is not there. What the pull shows goes where errors go: the output is the container's.
+pub(crate) fn pull_for_run(place: &Place, name: &ImageName, quiet: bool) -> Result<Pulled> {
+    let options = Options {
+        platform: Platform::here(),
+        limits: Limits::default(),
+        settings: place.settings()?,
+    };
+    get(place, name, &options, progress::beside(quiet))
+}
+
+fn get(
+    place: &Place,
+    name: &ImageName,
+    options: &Options,
+    progress: Arc<dyn Shown>,
+) -> Result<Pulled> {
+    let store = place.store()?;
+    let _memory = MemoryLimit::set(MEMORY);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting threads")?;
+    let pulled = runtime.block_on(pull_image(
+        &store,
+        name,
+        options,
+        Arc::clone(&progress) as _,
+    ));
+    // What is left waits for a helper or a lock, and ends with the process.
+    runtime.shutdown_background();
+    progress.end();
+    pulled.with_context(|| format!("pulling {name}"))
+}
 
 pub(crate) fn pull(place: &Place, args: &args::Pull) -> Result<()> {
     let name: ImageName = args.image.parse()?;
@@ -32,22 +67,7 @@ pub(crate) fn pull(place: &Place, args: &args::Pull) -> Result<()> {
         .names()?
         .into_iter()
         .find(|(other, _)| *other == name.to_string());
-    let progress = progress::of(args);
-    let _memory = MemoryLimit::set(MEMORY);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("starting threads")?;
-    let pulled = runtime.block_on(pull_image(
-        &store,
-        &name,
-        &options,
-        Arc::clone(&progress) as _,
-    ));
-    // What is left waits for a helper or a lock, and ends with the process.
-    runtime.shutdown_background();
-    progress.end();
-    let pulled = pulled.with_context(|| format!("pulling {name}"))?;
+    let pulled = get(place, &name, &options, progress::of(args))?;
     let was_there =
         before.is_some_and(|(_, old)| old.digest().as_ref() == pulled.digest.to_string());
     told(args, &name, &pulled, was_there)

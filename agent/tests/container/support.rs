@@ -351,7 +351,7 @@ fn default_spec(root: &Path, args: &[&str]) -> Value {
                 {"type": "cgroup"}],
             "maskedPaths": ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware", "/proc/scsi"],
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
-            "seccomp": serde_json::from_str::<Value>(include_str!("../data/seccomp-default.json")).unwrap(),
+            "seccomp": serde_json::from_str::<Value>(include_str!("../../../deploy/seccomp-default.json")).unwrap(),
         },
     })
 }

@@ -44,7 +44,7 @@ fn run(program: &[BpfInstruction], arch: u32, number: u32, arguments: [u64; 6]) 
 
 #[test]
 fn dockers_profile() {
-    let text = include_str!("../../../tests/data/seccomp-default.json");
+    let text = include_str!("../../../../deploy/seccomp-default.json");
     let compiled = compile(&serde_json::from_str(text).unwrap()).unwrap();
     let native = |number: i64, arguments: [u64; 6]| {
         run(&compiled, AUDIT_ARCH_X86_64, number as u32, arguments)

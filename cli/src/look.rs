@@ -1,0 +1,264 @@
+//! `husk ps`, `inspect` and `logs`.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
+    path::Path,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::{
+    args,
+    command::Code,
+    container::{Container, State, Status},
+    human, log,
+    place::Place,
+    table,
+};
+
+/// How often a log that is followed is looked at.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// A line of `husk ps`, with docker's keys.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Line {
+    #[serde(rename = "ID")]
+    id: String,
+    image: String,
+    command: String,
+    created_at: String,
+    running_for: String,
+    status: String,
+    state: State,
+    ports: String,
+    names: String,
+}
+
+pub(crate) fn list(place: &Place, args: &args::Ps) -> Result<()> {
+    let mut lines = Vec::new();
+    for container in place.containers()?.all()? {
+        let status = container.status()?;
+        if args.all || status.state == State::Running {
+            lines.push(line(&container, &status, args.no_trunc));
+        }
+    }
+    if args.quiet {
+        let mut out = io::stdout().lock();
+        for line in &lines {
+            writeln!(out, "{}", line.id)?;
+        }
+        return Ok(());
+    }
+    let headings = [
+        "CONTAINER ID",
+        "IMAGE",
+        "COMMAND",
+        "CREATED",
+        "STATUS",
+        "PORTS",
+        "NAMES",
+    ];
+    table::print(args.format, &headings, &lines, |line| {
+        [
+            &line.id,
+            &line.image,
+            &line.command,
+            &line.running_for,
+            &line.status,
+            &line.ports,
+            &line.names,
+        ]
+        .map(String::clone)
+        .to_vec()
+    })
+}
+
+fn line(container: &Container, status: &Status, no_trunc: bool) -> Line {
+    let record = &container.record;
+    let command = format!("{:?}", record.command.join(" "));
+    let ago = |time: &Option<String>| since(time.as_deref().unwrap_or_default());
+    Line {
+        id: if no_trunc {
+            record.id.clone()
+        } else {
+            container.short_id().to_owned()
+        },
+        image: record.image.clone(),
+        command: match command.chars().count() {
+            21.. if !no_trunc => command.chars().take(19).chain("…\"".chars()).collect(),
+            _ => command,
+        },
+        created_at: record.created.clone(),
+        running_for: since(&record.created),
+        status: match status.state {
+            State::Created => "Created".to_owned(),
+            State::Running => format!("Up {}", ago(&status.started).trim_end_matches(" ago")),
+            State::Exited => {
+                let code = status.exit_code.unwrap_or_default();
+                format!("Exited ({code}) {}", ago(&status.finished))
+                    .trim_end()
+                    .to_owned()
+            }
+        },
+        state: status.state,
+        ports: String::new(),
+        names: record.name.clone(),
+    }
+}
+
+fn since(time: &str) -> String {
+    let Ok(time) = DateTime::parse_from_rfc3339(time) else {
+        return String::new();
+    };
+    let passed = Utc::now().signed_duration_since(time.with_timezone(&Utc));
+    // A clock may be wrong.
+    human::ago(passed.to_std().unwrap_or(Duration::ZERO))
+}
+
+pub(crate) fn inspect(place: &Place, args: &args::Containers) -> Result<()> {
+    let containers = place.containers()?;
+    let (mut all, mut failed) = (Vec::new(), false);
+    for word in &args.containers {
+        let container = match containers.find(word) {
+            Ok(container) => container,
+            Err(error) => {
+                eprintln!("husk: {error:#}");
+                failed = true;
+                continue;
+            }
+        };
+        let (record, status) = (&container.record, container.status()?);
+        all.push(json!({
+            "Id": record.id, "Name": record.name, "Created": record.created, "Image": record.image_id, "Path": record.command.first(),
+            "Args": record.command.get(1..),
+            "State": {
+                "Status": status.state, "Running": status.state == State::Running, "Pid": status.pid.unwrap_or(0),
+                "ExitCode": status.exit_code.unwrap_or(0), "Error": status.error.unwrap_or_default(), "StartedAt": status.started,
+                "FinishedAt": status.finished,
+            },
+            "LogPath": log::files(&container.dir)[1],
+            "Config": {
+                "Image": record.image, "Hostname": record.spec["hostname"], "Tty": record.terminal, "OpenStdin": record.stdin,
+                "Env": record.spec["process"]["env"], "StopSignal": record.stop_signal, "WorkingDir": record.spec["process"]["cwd"],
+            },
+            "HostConfig": {"AutoRemove": record.remove},
+            "Shim": status.address,
+            "Spec": record.spec,
+        }));
+    }
+    writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&all)?)?;
+    match failed {
+        true => Err(Code::silent(1)),
+        false => Ok(()),
+    }
+}
+
+pub(crate) fn logs(place: &Place, args: &args::Logs) -> Result<()> {
+    let container = place.containers()?.find(&args.container)?;
+    let mut entries = Vec::new();
+    let [older, path] = log::files(&container.dir);
+    entries.extend(read(&older)?.0);
+    let (newer, mut read_to) = read(&path)?;
+    entries.extend(newer);
+    let skipped = args
+        .tail
+        .map_or(0, |tail| entries.len().saturating_sub(tail));
+    for entry in entries.iter().skip(skipped) {
+        show(entry, args.timestamps)?;
+    }
+    if !args.follow {
+        return Ok(());
+    }
+    loop {
+        // Looked at before the log: what the container wrote last is in it then.
+        let runs = container
+            .status()
+            .is_ok_and(|status| status.state == State::Running);
+        let mut file = match File::open(&path) {
+            Ok(file) => file,
+            // It has not written yet, or it has gone.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if !runs {
+                    break;
+                }
+                thread::sleep(AGAIN);
+                continue;
+            }
+            Err(error) => return Err(error).with_context(|| format!("opening {}", path.display())),
+        };
+        if file.metadata()?.len() < read_to {
+            // The next file has begun; the rest of the one before is in the older one.
+            show_rest(&older, read_to, args.timestamps)?;
+            read_to = 0;
+        }
+        file.seek(SeekFrom::Start(read_to))?;
+        read_to += show_lines(BufReader::new(file), args.timestamps)?;
+        if !runs {
+            break;
+        }
+        thread::sleep(AGAIN);
+    }
+    Ok(())
+}
+
+fn show_rest(path: &Path, from: u64, timestamps: bool) -> Result<()> {
+    let mut file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    file.seek(SeekFrom::Start(from))?;
+    show_lines(BufReader::new(file), timestamps).map(drop)
+}
+
+/// Shows whole lines; says how many bytes they had.
+fn show_lines(mut from: impl io::BufRead, timestamps: bool) -> Result<u64> {
+    let mut shown = 0;
+    loop {
+        let mut line = String::new();
+        let count = from.read_line(&mut line)?;
+        if !line.ends_with('\n') {
+            return Ok(shown);
+        }
+        if let Ok(entry) = serde_json::from_str(&line) {
+            show(&entry, timestamps)?;
+        }
+        shown += count as u64;
+    }
+}
+
+/// A file's entries, and how far it was read.
+fn read(path: &Path) -> Result<(Vec<log::Entry>, u64)> {
+    let mut text = String::new();
+    match File::open(path) {
+        Ok(mut file) => drop(file.read_to_string(&mut text)?),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("opening {}", path.display())),
+    }
+    // A line that is being written is the next look's.
+    let whole = text.rfind('\n').map_or(0, |end| end + 1);
+    let lines = text.get(..whole).unwrap_or_default().lines();
+    let entries = lines
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect();
+    Ok((entries, whole as u64))
+}
+
+fn show(entry: &log::Entry, timestamps: bool) -> Result<()> {
+    let time = match timestamps {
+        true => format!("{} ", entry.time),
+        false => String::new(),
+    };
+    match &*entry.stream {
+        "stderr" => write!(io::stderr().lock(), "{time}{}", entry.log)?,
+        _ => {
+            let mut out = io::stdout().lock();
+            write!(out, "{time}{}", entry.log)?;
+            out.flush()?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,365 @@
+//! The process that looks after one container, from its start to its end. It holds the container's lock, owns its pipes, writes its log,
+//! serves whoever is attached, and clears away behind it. `husk start` makes it; nothing else is left running on the host for a container
+//! but this and its shim.
+
+mod hub;
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::DirBuilderExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use chrono::Utc;
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, DeleteRequest, StartRequest, WaitRequest},
+    protobuf::MessageField,
+    shim_async::TaskClient,
+    types::mount::Mount,
+};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::{
+    net::{UnixListener, unix::pipe},
+    sync::Notify,
+    task::JoinHandle,
+    time::timeout,
+};
+
+use crate::{
+    args,
+    container::{Container, Containers, State, Status},
+    log::{Log, Stream},
+    place::Place,
+    shim::{self, Shim, forever, said, soon},
+};
+use hub::Hub;
+
+/// How long whoever has started it may take to attach.
+const ATTACH: Duration = Duration::from_secs(30);
+/// How long the rest of the output may take, once the container has ended.
+const REST: Duration = Duration::from_secs(10);
+
+/// The socket that one attaches to, in the container's run directory.
+pub(crate) const SOCKET: &str = "attach";
+
+/// What a monitor tells whoever has started it, a line each on its standard output.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Report {
+    /// One can attach.
+    Listening,
+    /// The container runs.
+    Started,
+    /// It does not.
+    Failed {
+        /// Why.
+        error: String,
+        /// What `husk run` ends with.
+        code: u8,
+    },
+}
+
+fn report(report: &Report) {
+    // Whoever has started it may be gone; the container is not theirs alone.
+    let line = serde_json::to_string(report).unwrap_or_default();
+    let _ = writeln!(io::stdout(), "{line}");
+}
+
+/// Runs a container to its end.
+pub(crate) fn run(place: &Place, args: &args::Monitor) -> Result<()> {
+    let outcome = start_and_wait(place, args);
+    if let Err(error) = &outcome {
+        let error = format!("{error:#}");
+        let code = exit_code_of(&error);
+        report(&Report::Failed { error, code });
+    }
+    outcome
+}
+
+fn start_and_wait(place: &Place, args: &args::Monitor) -> Result<()> {
+    let container = Containers::new(place.root())?.find(&args.id)?;
+    let lock = container.try_lock().context("locking the container")?;
+    let Some(_lock) = lock else {
+        bail!("container {} is running", container.record.name);
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("starting threads")?;
+    let ended = runtime.block_on(Monitored::new(&container).run(args.attached));
+    runtime.shutdown_background();
+    let shim = Monitored::new(&container);
+    shim.clear_away();
+    let status = match &ended {
+        Ok(code) => Status {
+            state: State::Exited,
+            exit_code: Some(*code),
+            finished: Some(Utc::now().to_rfc3339()),
+            started: container.status().ok().and_then(|status| status.started),
+            ..Status::default()
+        },
+        Err(error) => Status {
+            state: State::Exited,
+            exit_code: Some(exit_code_of(&format!("{error:#}")).into()),
+            finished: Some(Utc::now().to_rfc3339()),
+            error: Some(format!("{error:#}")),
+            ..Status::default()
+        },
+    };
+    if container.record.remove {
+        container.remove()?;
+    } else {
+        container.set_status(&status)?;
+    }
+    ended.map(drop)
+}
+
+/// What docker ends with where a container did not start: 127, there is no such program; 126, it cannot be run; 125, anything else.
+pub(crate) fn exit_code_of(error: &str) -> u8 {
+    if error.contains("executable file not found") || error.contains("no such file or directory") {
+        127
+    } else if error.contains("permission denied") || error.contains("exec format error") {
+        126
+    } else {
+        125
+    }
+}
+
+/// A container with a monitor.
+struct Monitored<'a> {
+    container: &'a Container,
+    run_dir: PathBuf,
+    bundle: PathBuf,
+}
+
+impl<'a> Monitored<'a> {
+    fn new(container: &'a Container) -> Self {
+        Self {
+            container,
+            run_dir: container.run_dir(),
+            bundle: container.dir.join("bundle"),
+        }
+    }
+
+    fn shim(&self) -> Shim<'_> {
+        Shim {
+            id: &self.container.record.id,
+            bundle: &self.bundle,
+        }
+    }
+
+    /// Nothing of it is left running or mounted, and it can be started again.
+    fn clear_away(&self) {
+        self.shim().delete();
+        // It may never have come to be.
+        let _ = fs::remove_dir_all(&self.run_dir);
+    }
+
+    /// Starts it and waits for its end: its exit code.
+    async fn run(&self, attached: bool) -> Result<u32> {
+        let id = &self.container.record.id;
+        // What a monitor that was killed has left.
+        self.clear_away();
+        let pipes = self.make_pipes()?;
+        let listener = UnixListener::bind(self.run_dir.join(SOCKET))
+            .context("making the socket to attach to")?;
+        self.write_bundle()?;
+        let log = Log::open(&self.container.dir).context("opening the container's log")?;
+        let hub = Arc::new(Hub::new(log, self.container.record.stdin_once));
+        let came = Arc::new(Notify::new());
+        tokio::spawn(hub::accept(listener, Arc::clone(&hub), Arc::clone(&came)));
+        if attached {
+            report(&Report::Listening);
+            let waited = timeout(ATTACH, came.notified()).await;
+            waited.context("nobody has attached who wanted to")?;
+        }
+        let address = self.shim().start()?;
+        let tasks = shim::connect(&address).await?;
+        said(tasks.create(soon(), &self.create_request(&pipes)).await)?;
+        // From here on the shim holds the other ends.
+        let outputs = pipes.outputs(&hub)?;
+        hub.connect(tasks.clone(), id.clone(), pipes.input()?).await;
+        let start = StartRequest {
+            id: id.clone(),
+            ..StartRequest::default()
+        };
+        let started = said(tasks.start(soon(), &start).await)?;
+        self.container.set_status(&Status {
+            state: State::Running,
+            pid: Some(started.pid),
+            address: Some(address),
+            started: Some(Utc::now().to_rfc3339()),
+            ..Status::default()
+        })?;
+        hub.started().await;
+        report(&Report::Started);
+        let code = wait_for_end(&tasks, id).await?;
+        for output in outputs {
+            // A process that has left the container cannot be; a shim that does not let go can.
+            let _ = timeout(REST, output).await;
+        }
+        hub.end(code).await;
+        Ok(code)
+    }
+
+    fn make_pipes(&self) -> Result<Pipes> {
+        let make = || {
+            let mut builder = fs::DirBuilder::new();
+            builder.recursive(true).mode(0o700).create(&self.run_dir)?;
+            let pipe = |wanted: bool, name: &str| -> io::Result<Option<PathBuf>> {
+                if !wanted {
+                    return Ok(None);
+                }
+                let path = self.run_dir.join(name);
+                mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
+                Ok(Some(path))
+            };
+            let record = &self.container.record;
+            Ok::<_, io::Error>(Pipes {
+                stdin: pipe(record.stdin, "stdin")?,
+                stdout: pipe(true, "stdout")?,
+                stderr: pipe(!record.terminal, "stderr")?,
+            })
+        };
+        make()
+            .with_context(|| format!("making the container's pipes in {}", self.run_dir.display()))
+    }
+
+    /// The specification, with what only this host and this start know.
+    fn write_bundle(&self) -> Result<()> {
+        let record = &self.container.record;
+        let mut spec = record.spec.clone();
+        let name = spec["hostname"].as_str().unwrap_or_default().to_owned();
+        let hosts = format!(
+            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
+        );
+        let files = [
+            ("hostname", format!("{name}\n")),
+            ("hosts", hosts),
+            (
+                "resolv.conf",
+                fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+            ),
+        ];
+        let has = |mounts: &Value, target: &str| {
+            let mounts = mounts.as_array();
+            mounts.is_some_and(|mounts| mounts.iter().any(|mount| mount["destination"] == target))
+        };
+        for (file, text) in files {
+            let (path, target) = (self.container.dir.join(file), format!("/etc/{file}"));
+            // One of the user's own goes before it.
+            if has(&spec["mounts"], &target) {
+                continue;
+            }
+            fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+            if let Some(mounts) = spec["mounts"].as_array_mut() {
+                mounts.push(json!({
+                    "destination": target, "type": "bind", "source": path, "options": ["rbind", "rprivate"],
+                }));
+            }
+        }
+        let path = self.bundle.join("config.json");
+        let text = serde_json::to_vec(&spec)?;
+        fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+    }
+
+    fn create_request(&self, pipes: &Pipes) -> CreateTaskRequest {
+        let record = &self.container.record;
+        let lower: Vec<String> = record
+            .layers
+            .iter()
+            .map(|l| l.display().to_string())
+            .collect();
+        let dir = |name: &str| self.container.dir.join(name).display().to_string();
+        let mut options = vec![format!("lowerdir={}", lower.join(":"))];
+        options.push(format!("upperdir={}", dir("upper")));
+        options.push(format!("workdir={}", dir("work")));
+        let rootfs = Mount {
+            type_: "overlay".to_owned(),
+            source: "overlay".to_owned(),
+            options,
+            ..Mount::default()
+        };
+        let path = |path: &Option<PathBuf>| match path {
+            Some(path) => path.display().to_string(),
+            None => String::new(),
+        };
+        CreateTaskRequest {
+            id: record.id.clone(),
+            bundle: self.bundle.display().to_string(),
+            rootfs: vec![rootfs],
+            terminal: record.terminal,
+            stdin: path(&pipes.stdin),
+            stdout: path(&pipes.stdout),
+            stderr: path(&pipes.stderr),
+            options: MessageField::none(),
+            ..CreateTaskRequest::default()
+        }
+    }
+}
+
+/// Waits for the container's end and takes it from the shim: its exit code.
+async fn wait_for_end(tasks: &TaskClient, id: &str) -> Result<u32> {
+    let wait = WaitRequest {
+        id: id.to_owned(),
+        ..WaitRequest::default()
+    };
+    let ended =
+        said(tasks.wait(forever(), &wait).await).context("waiting for the container's end")?;
+    let delete = DeleteRequest {
+        id: id.to_owned(),
+        ..DeleteRequest::default()
+    };
+    // The shim's `delete` does it otherwise.
+    if let Err(error) = said(tasks.delete(soon(), &delete).await) {
+        tracing::warn!("deleting the container's task: {error:#}");
+    }
+    Ok(ended.exit_status)
+}
+
+/// The container's pipes, on the disk.
+struct Pipes {
+    stdin: Option<PathBuf>,
+    stdout: Option<PathBuf>,
+    stderr: Option<PathBuf>,
+}
+
+impl Pipes {
+    /// Reads the output, from now on.
+    fn outputs(&self, hub: &Arc<Hub>) -> Result<Vec<JoinHandle<()>>> {
+        let mut outputs = Vec::new();
+        for (path, stream) in [
+            (&self.stdout, Stream::Stdout),
+            (&self.stderr, Stream::Stderr),
+        ] {
+            if let Some(path) = path {
+                let receiver = open(path, |path| pipe::OpenOptions::new().open_receiver(path))?;
+                outputs.push(tokio::spawn(hub::output(receiver, Arc::clone(hub), stream)));
+            }
+        }
+        Ok(outputs)
+    }
+
+    fn input(&self) -> Result<Option<pipe::Sender>> {
+        let open = |path: &PathBuf| open(path, |path| pipe::OpenOptions::new().open_sender(path));
+        self.stdin.as_ref().map(open).transpose()
+    }
+}
+
+fn open<T>(path: &Path, open: impl Fn(&Path) -> io::Result<T>) -> Result<T> {
+    open(path).with_context(|| format!("opening {}", path.display()))
+}
+
+/// Its log of its own, for what nobody sees otherwise.
+pub(crate) fn own_log(container: &Container) -> Result<File> {
+    let path = container.dir.join("monitor.log");
+    let file = File::options().create(true).append(true).open(&path);
+    file.with_context(|| format!("opening {}", path.display()))
+}
