@@ -179,7 +179,7 @@ pub(crate) fn remove(place: &Place, args: &args::Rmi) -> Result<()> {
             }
         }
     }
-    let swept = store.sweep(&kept(place)?)?;
+    let swept = store.sweep(|| kept(place))?;
     if swept.is_none() {
         eprintln!(
             "husk: somebody is pulling or loading: what no name leads to goes with the next `husk prune`"
@@ -235,14 +235,26 @@ pub(crate) fn prune(place: &Place, args: &args::Prune) -> Result<()> {
     if !args.force && !confirmed(&format!("This removes {what}. Go on?"))? {
         bail!("nothing was removed");
     }
+    let mut out = io::stdout().lock();
+    for name in lifecycle::remove_ended(place)? {
+        writeln!(out, "Removed container: {name}")?;
+    }
     if args.all {
-        let mut out = io::stdout().lock();
-        for (name, _) in store.names()? {
-            store.untag(&name)?;
-            writeln!(out, "Untagged: {name}")?;
+        let containers = place.containers()?.all()?;
+        for image in store.list(&Platform::here())? {
+            let digest = image.image.map(|image| image.digest.to_string());
+            if containers
+                .iter()
+                .any(|c| digest.as_ref() == Some(&c.record.image_id))
+            {
+                continue;
+            }
+            store.untag(&image.name)?;
+            writeln!(out, "Untagged: {}", image.name)?;
         }
     }
-    let swept = store.sweep(&BTreeSet::new())?.context(
+    drop(out);
+    let swept = store.sweep(|| kept(place))?.context(
         "somebody is pulling or loading an image: nothing was swept, try again when that has ended",
     )?;
     told(&swept)

@@ -19,7 +19,12 @@ use std::{
 };
 
 use common::{listing, run, tree};
-use husk_image::{apply::Expected, layer::Limits, manifest::Platform, store::Store};
+use husk_image::{
+    apply::Expected,
+    layer::Limits,
+    manifest::Platform,
+    store::{Store, StoreError},
+};
 use images::{layer, publish};
 
 const NAME: &str = "two-layers";
@@ -163,7 +168,10 @@ fn images_go_to_skopeo_and_come_back() {
     // What it has deleted the name of goes.
     store.untag("again").unwrap();
     store.untag(NAME).unwrap();
-    let swept = store.sweep(&BTreeSet::new()).unwrap().unwrap();
+    let swept = store
+        .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
+        .unwrap()
+        .unwrap();
     assert_eq!(
         (
             swept.blobs,

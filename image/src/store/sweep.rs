@@ -56,18 +56,22 @@ impl Store {
         lock().map_err(failed("lock", &path))
     }
 
-    /// Removes what no name leads to, but the layers that `kept` names by chainID: those of containers. `None`: somebody is adding to the
-    /// store, and nothing was removed. Blocks.
+    /// Removes what no name leads to, but the layers that `kept` names by chainID: those of containers. It is asked when nobody can be
+    /// adding to the store any more. `None`: somebody is, and nothing was removed. Blocks.
     ///
     /// # Errors
-    /// When something that a name leads to cannot be understood: then nothing is removed. Or the file system refuses.
-    pub fn sweep(&self, kept: &BTreeSet<Sha256Digest>) -> Result<Option<Swept>, StoreError> {
+    /// When something that a name leads to cannot be understood, or `kept` fails: then nothing is removed. Or the file system refuses.
+    pub fn sweep<E: From<StoreError>>(
+        &self,
+        kept: impl FnOnce() -> Result<BTreeSet<Sha256Digest>, E>,
+    ) -> Result<Option<Swept>, E> {
         let path = self.root.join(USE);
         let dir = File::open(&path).map_err(failed("lock", &path))?;
         match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => return Ok(None),
             locked => locked.map_err(|e| failed("lock", &path)(e.into()))?,
         }
+        let kept = &kept()?;
         let wanted = self.wanted()?;
         let hex = |ids: &BTreeSet<Sha256Digest>| -> BTreeSet<String> {
             ids.iter().map(Sha256Digest::hex).collect()

@@ -127,7 +127,10 @@ fn documents_of_the_store_are_checked() {
 #[test]
 fn what_no_name_leads_to_goes() {
     let place = Place::new();
-    let sweep = |kept| place.store.sweep(&BTreeSet::from_iter(kept)).unwrap();
+    let sweep = |kept| {
+        let kept = || Ok::<_, StoreError>(BTreeSet::from_iter(kept));
+        place.store.sweep(kept).unwrap()
+    };
     let (shared, own, gone) = (layer("shared", "s"), layer("own", "o"), layer("gone", "g"));
     let stays = place.index(&[place.image("stays", &[&shared, &own])]);
     place.store.tag("stays", &stays).unwrap();
@@ -174,12 +177,29 @@ fn nothing_goes_while_somebody_adds() {
     let place = Place::new();
     place.add(b"blob");
     let (a, b) = (place.store.begin().unwrap(), place.store.begin().unwrap());
-    assert_eq!(place.store.sweep(&BTreeSet::new()).unwrap(), None);
+    assert_eq!(
+        place
+            .store
+            .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
+            .unwrap(),
+        None
+    );
     drop(a);
-    assert_eq!(place.store.sweep(&BTreeSet::new()).unwrap(), None);
+    assert_eq!(
+        place
+            .store
+            .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
+            .unwrap(),
+        None
+    );
     drop(b);
     assert_eq!(
-        place.store.sweep(&BTreeSet::new()).unwrap().unwrap().blobs,
+        place
+            .store
+            .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
+            .unwrap()
+            .unwrap()
+            .blobs,
         1
     );
     // Nor where one cannot know what is wanted.
@@ -188,7 +208,12 @@ fn nothing_goes_while_somebody_adds() {
     place.store.tag("name", &image).unwrap();
     let digest: Sha256Digest = image.digest().as_ref().parse().unwrap();
     fs::write(place.store.blob_path(&digest), "{}").unwrap();
-    assert!(place.store.sweep(&BTreeSet::new()).is_err());
+    assert!(
+        place
+            .store
+            .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
+            .is_err()
+    );
     assert!(place.read(b"blob").is_some());
 }
 
@@ -226,7 +251,14 @@ fn images_travel_in_archives() {
         let dirs = to.store.unpack(&image.layers, Limits::default()).unwrap();
         assert_eq!(fs::read_to_string(dirs[0].join("upper")).unwrap(), "2");
         assert!(to.named("two").is_some() && to.named("three").is_none());
-        assert_eq!(to.store.sweep(&BTreeSet::new()).unwrap().unwrap().blobs, 0);
+        assert_eq!(
+            to.store
+                .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
+                .unwrap()
+                .unwrap()
+                .blobs,
+            0
+        );
         // Again, it is all there.
         assert_eq!(to.store.load(&*archive).unwrap().len(), 2);
         assert_eq!(to.store.names().unwrap().len(), 2);
