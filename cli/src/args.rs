@@ -65,6 +65,9 @@ pub enum Command {
     Rm(Rm),
     /// Show all that is known of containers, as JSON.
     Inspect(Containers),
+    /// Networks of containers.
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Pull an image from a registry.
     Pull(Pull),
     /// List images.
@@ -168,9 +171,12 @@ pub struct Create {
     /// The signal that asks it to end; without it, the image's, or SIGTERM.
     #[arg(long, value_name = "SIGNAL")]
     pub stop_signal: Option<String>,
-    /// The network: none. (Others follow.)
-    #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = ["none"])]
+    /// The network: bridge, none, or one that `husk network create` has made.
+    #[arg(long, value_name = "NETWORK", default_value = "bridge")]
     pub network: String,
+    /// Publish a port on the host: [[ADDRESS:]HOSTPORT:]PORT[/tcp|/udp].
+    #[arg(short, long, value_name = "PORT")]
+    pub publish: Vec<String>,
     /// Pull the image: always, if it is missing, or never.
     #[arg(long, value_enum, default_value_t = PullPolicy::Missing)]
     pub pull: PullPolicy,
@@ -339,6 +345,43 @@ pub struct Containers {
     /// Names, ids, or beginnings of ids.
     #[arg(required = true)]
     pub containers: Vec<String>,
+}
+
+/// `husk network`.
+#[derive(Debug, Subcommand)]
+pub enum NetworkCommand {
+    /// List networks.
+    Ls(NetworkLs),
+    /// Make a network: a bridge that hides its containers behind the host's address.
+    Create(NetworkCreate),
+    /// Remove networks.
+    Rm(NetworkRm),
+}
+
+/// `husk network ls`.
+#[derive(Debug, clap::Args)]
+pub struct NetworkLs {
+    /// How to print.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+}
+
+/// `husk network create`.
+#[derive(Debug, clap::Args)]
+pub struct NetworkCreate {
+    /// Its name.
+    pub name: String,
+    /// Its addresses, as 10.1.2.0/24.
+    #[arg(long, value_name = "SUBNET")]
+    pub subnet: Option<String>,
+}
+
+/// `husk network rm`.
+#[derive(Debug, clap::Args)]
+pub struct NetworkRm {
+    /// Names.
+    #[arg(required = true)]
+    pub networks: Vec<String>,
 }
 
 /// The process that looks after one container; started by `husk start`, not by hand.

@@ -12,7 +12,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     archives,
     args::{Args, Command},
-    exec, images, lifecycle, look, monitor,
+    exec, images, lifecycle, look, monitor, network,
     place::Place,
     pull, run, version,
 };
@@ -46,6 +46,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Pause(args) => lifecycle::pause(&place, &args),
         Command::Unpause(args) => lifecycle::unpause(&place, &args),
         Command::Rm(args) => lifecycle::remove(&place, &args),
+        Command::Network(args) => network::command(&place, &args),
         Command::Monitor(args) => monitor::run(&place, &args),
         Command::Pull(args) => pull::pull(&place, &args),
         Command::Images(args) => images::list(&place, &args),

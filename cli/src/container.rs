@@ -22,6 +22,8 @@ use anyhow::{Context as _, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::network::Port;
+
 /// Where pipes and sockets are.
 const RUN: &str = "/run/husk/containers";
 
@@ -54,6 +56,10 @@ pub(crate) struct Record {
     pub(crate) remove: bool,
     /// The signal that asks it to end.
     pub(crate) stop_signal: String,
+    /// The network that it is in.
+    pub(crate) network: String,
+    /// Its ports that the host has too.
+    pub(crate) ports: Vec<Port>,
     /// The OCI runtime specification; the rest is the monitor's to add.
     pub(crate) spec: serde_json::Value,
 }
@@ -237,6 +243,23 @@ impl Container {
             .with_context(|| format!("writing the status of container {}", self.short_id()))
     }
 
+    /// Keeps something beside it.
+    pub(crate) fn keep<T: Serialize>(&self, name: &str, document: &T) -> Result<()> {
+        write(&self.dir, name, document)
+            .with_context(|| format!("writing {}", self.dir.join(name).display()))
+    }
+
+    /// What is kept beside it.
+    pub(crate) fn kept<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        read(&self.dir.join(name))
+    }
+
+    /// Nothing is kept any more.
+    pub(crate) fn forget(&self, name: &str) {
+        // It may never have been.
+        let _ = fs::remove_file(self.dir.join(name));
+    }
+
     /// Removes what there is of it on the disk. It does not run.
     pub(crate) fn remove(&self) -> Result<()> {
         // First it is no container any more: half of one must not be taken for a whole.
@@ -303,6 +326,8 @@ mod tests {
             stdin_once: false,
             remove: false,
             stop_signal: "SIGTERM".to_owned(),
+            network: "none".to_owned(),
+            ports: Vec::new(),
             spec: serde_json::Value::Null,
         }
     }

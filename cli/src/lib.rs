@@ -18,6 +18,7 @@ mod log;
 mod look;
 mod monitor;
 mod names;
+mod network;
 mod place;
 mod progress;
 mod pull;

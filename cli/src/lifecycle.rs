@@ -16,6 +16,7 @@ use crate::{
     args,
     command::Code,
     container::{Container, State},
+    network,
     place::Place,
     run::on_threads,
     shim::{self, Shim, forever, said, soon},
@@ -217,6 +218,7 @@ fn clear(container: &Container) -> Result<()> {
         bundle: &container.dir.join("bundle"),
     };
     shim.delete();
+    network::detach(container);
     container.remove()
 }
 

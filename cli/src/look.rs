@@ -17,7 +17,7 @@ use crate::{
     args,
     command::Code,
     container::{Container, State, Status},
-    human, log,
+    human, log, network,
     place::Place,
     table,
 };
@@ -108,7 +108,13 @@ fn line(container: &Container, status: &Status, no_trunc: bool) -> Line {
             }
         },
         state: status.state,
-        ports: String::new(),
+        ports: match status.state {
+            State::Running => {
+                let ports = record.ports.iter().map(ToString::to_string);
+                ports.collect::<Vec<_>>().join(", ")
+            }
+            _ => String::new(),
+        },
         names: record.name.clone(),
     }
 }
@@ -149,6 +155,10 @@ pub(crate) fn inspect(place: &Place, args: &args::Containers) -> Result<()> {
                 "Env": record.spec["process"]["env"], "StopSignal": record.stop_signal, "WorkingDir": record.spec["process"]["cwd"],
             },
             "HostConfig": {"AutoRemove": record.remove},
+            "NetworkSettings": {
+                "Network": record.network, "Ports": record.ports,
+                "Addresses": network::attached(&container).map(|attached| attached.addresses),
+            },
             "Shim": status.address,
             "Spec": record.spec,
         }));

@@ -35,6 +35,7 @@ use crate::{
     args,
     container::{Container, Containers, State, Status},
     log::{Log, Stream},
+    network::{self, Attached},
     place::Place,
     shim::{self, Shim, forever, said, soon},
 };
@@ -93,10 +94,16 @@ fn start_and_wait(place: &Place, args: &args::Monitor) -> Result<()> {
         .enable_all()
         .build()
         .context("starting threads")?;
-    let ended = runtime.block_on(Monitored::new(&container).run(args.attached));
+    let monitored = Monitored {
+        place,
+        container: &container,
+        run_dir: container.run_dir(),
+        bundle: container.dir.join("bundle"),
+    };
+    let ended = runtime.block_on(monitored.run(args.attached));
     runtime.shutdown_background();
-    let shim = Monitored::new(&container);
-    shim.clear_away();
+    monitored.clear_away();
+    network::tell_others(place, &container);
     let status = match &ended {
         Ok(code) => Status {
             state: State::Exited,
@@ -134,20 +141,13 @@ pub(crate) fn exit_code_of(error: &str) -> u8 {
 
 /// A container with a monitor.
 struct Monitored<'a> {
+    place: &'a Place,
     container: &'a Container,
     run_dir: PathBuf,
     bundle: PathBuf,
 }
 
-impl<'a> Monitored<'a> {
-    fn new(container: &'a Container) -> Self {
-        Self {
-            container,
-            run_dir: container.run_dir(),
-            bundle: container.dir.join("bundle"),
-        }
-    }
-
+impl Monitored<'_> {
     fn shim(&self) -> Shim<'_> {
         Shim {
             id: &self.container.record.id,
@@ -158,6 +158,7 @@ impl<'a> Monitored<'a> {
     /// Nothing of it is left running or mounted, and it can be started again.
     fn clear_away(&self) {
         self.shim().delete();
+        network::detach(self.container);
         // It may never have come to be.
         let _ = fs::remove_dir_all(&self.run_dir);
     }
@@ -170,7 +171,8 @@ impl<'a> Monitored<'a> {
         let pipes = self.make_pipes()?;
         let listener = UnixListener::bind(self.run_dir.join(SOCKET))
             .context("making the socket to attach to")?;
-        self.write_bundle()?;
+        let network = network::attach(self.place.root(), self.container)?;
+        self.write_bundle(network.as_ref())?;
         let log = Log::open(&self.container.dir).context("opening the container's log")?;
         let hub = Arc::new(Hub::new(log, self.container.record.stdin_once));
         let came = Arc::new(Notify::new());
@@ -198,6 +200,7 @@ impl<'a> Monitored<'a> {
             started: Some(Utc::now().to_rfc3339()),
             ..Status::default()
         })?;
+        network::tell_others(self.place, self.container);
         hub.started().await;
         report(&Report::Started);
         let code = wait_for_end(&tasks, id).await?;
@@ -233,20 +236,26 @@ impl<'a> Monitored<'a> {
     }
 
     /// The specification, with what only this host and this start know.
-    fn write_bundle(&self) -> Result<()> {
+    fn write_bundle(&self, network: Option<&Attached>) -> Result<()> {
         let record = &self.container.record;
         let mut spec = record.spec.clone();
         let name = spec["hostname"].as_str().unwrap_or_default().to_owned();
-        let hosts = format!(
-            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
-        );
+        if let Some(network) = network {
+            for namespace in spec["linux"]["namespaces"]
+                .as_array_mut()
+                .into_iter()
+                .flatten()
+            {
+                if namespace["type"] == "network" {
+                    namespace["path"] = json!(network.namespace());
+                }
+            }
+        }
+        let all = self.place.containers()?.all()?;
         let files = [
             ("hostname", format!("{name}\n")),
-            ("hosts", hosts),
-            (
-                "resolv.conf",
-                fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
-            ),
+            ("hosts", network::hosts(&all, self.container)),
+            ("resolv.conf", network::resolv_conf()),
         ];
         let has = |mounts: &Value, target: &str| {
             let mounts = mounts.as_array();

@@ -25,6 +25,7 @@ use crate::{
     files,
     monitor::{self, Report},
     names,
+    network::{NONE, Networks, Port},
     place::{Place, find},
     pull, spec, terminal,
 };
@@ -294,6 +295,8 @@ fn make(place: &Place, args: &args::Create, attached: bool) -> Result<Container>
         stdin_once: args.interactive && attached,
         remove: args.remove,
         stop_signal: stop_signal(&args, &config),
+        network: network(place, &args)?,
+        ports: ports(&args)?,
         spec,
         id,
     };
@@ -301,6 +304,24 @@ fn make(place: &Place, args: &args::Create, attached: bool) -> Result<Container>
     // From here on the container keeps the layers.
     drop(holder);
     Ok(container)
+}
+
+fn network(place: &Place, args: &args::Create) -> Result<String> {
+    match &*args.network {
+        "host" => bail!(
+            "--network host: a container has a VM of its own, and nothing of the host's network; -p publishes a port"
+        ),
+        NONE => {}
+        name => drop(Networks::new(place.root()).find(name)?),
+    }
+    Ok(args.network.clone())
+}
+
+fn ports(args: &args::Create) -> Result<Vec<Port>> {
+    if args.network == NONE && !args.publish.is_empty() {
+        bail!("-p wants a network, and --network none is given");
+    }
+    args.publish.iter().map(|word| word.parse()).collect()
 }
 
 fn stop_signal(args: &args::Create, config: &Config) -> String {
