@@ -7,7 +7,7 @@
 //!                    bundle/          what the shim is given
 //!                    upper/, work/    what the container changes of its root file system
 //!                    log              its output, as docker's json-file
-//! /run/husk/containers/ID/            pipes and sockets, while it runs
+//! /run/husk-cli/ID/                   pipes and sockets, while it runs
 //! ```
 //!
 //! A container runs as long as its monitor holds the lock: the kernel lets go of it with the process, whatever ends that.
@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::network::Port;
 
 /// Where pipes and sockets are.
-const RUN: &str = "/run/husk/containers";
+const RUN: &str = "/run/husk-cli";
 
 /// A container as it was created.
 #[derive(Debug, Clone, Serialize, Deserialize)]

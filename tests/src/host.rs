@@ -37,6 +37,8 @@ impl Traces {
         for (what, dir) in [
             ("socket", "/run/containerd/s"),
             ("interface", "/sys/class/net"),
+            ("namespace", "/run/netns"),
+            ("pipes", "/run/husk-cli"),
         ] {
             list(what, Path::new(dir), 0, &mut found);
         }

@@ -258,6 +258,9 @@ await_ready() {
 
 # A machine that has not written to ctl/alive for so long, in seconds, has stalled; it does every few seconds.
 STALLED=120
+# One that has been silent for so long, in seconds, is poked, and again after as long. Its CPU has been seen halted with interrupts enabled and
+# the timer's pending: QEMU has lost the wake-up. Any other device's interrupt makes its APIC look again.
+SILENT=15
 
 # follow STATE JOB DEADLINE: stream the job's output to stdout until it ends; sets JOB_STATUS to
 # its exit code, or to `timeout`, `died` or `stalled`. DEADLINE is in SECONDS' terms.
@@ -265,13 +268,18 @@ follow() {
     local state=$1 dir=$1/ctl/jobs/$2 deadline=$3 waiter tailer silent=0
     exec 9<>"$state/jobs.out"
     (
-        heard=$SECONDS last='' beat=''
+        heard=$SECONDS last='' beat='' poked=$SECONDS
         until [[ -e $dir/rc ]]; do
             machine_alive "$state" || break
             ((SECONDS < deadline)) || break
             read -r beat <"$state/ctl/alive" || true
             [[ $beat == "$last" ]] || heard=$SECONDS last=$beat
             ((SECONDS - heard < STALLED)) || exit 1
+            if ((SECONDS - heard >= SILENT && SECONDS - poked >= SILENT)); then
+                say "silent for $((SECONDS - heard)) s: poked"
+                poke "$state"
+                poked=$SECONDS
+            fi
             pause_for 0.05
         done
     ) &
@@ -292,6 +300,12 @@ follow() {
     fi
 }
 
+# poke STATE: an interrupt of the serial port that jobs come by, and a kick of the CPUs' threads.
+poke() {
+    echo poke >"$1/jobs.in"
+    printf 'stop\ncont\n' >"$1/monitor.in"
+}
+
 # show_processors STATE: what a stalled machine's processors are at. Two looks tell whether they move.
 show_processors() {
     local look line
@@ -300,7 +314,9 @@ show_processors() {
     for look in "info registers -a" "info lapic" "info registers -a"; do
         echo "$look" >"$1/monitor.in"
         while read -rt 2 -u 8 line; do
-            [[ $line =~ ^(CPU#|R[A-Z0-9]+ *=|[CE]S =|CR|EFER|dumping|LVT|Timer|SPIV|I[SR]R|PPR) ]] && printf '%s\n' "${line%$'\r'}" >&2
+            if [[ $line =~ ^(CPU#|R[A-Z0-9]+ *=|[CE]S =|CR|EFER|dumping|LVT|Timer|SPIV|I[SR]R|PPR) ]]; then
+                printf '%s\n' "${line%$'\r'}" >&2
+            fi
         done
     done
 }

@@ -18,6 +18,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 mod bad_input;
 mod cgroup;
+mod cli;
 mod context;
 mod deploy;
 mod durations;
@@ -139,6 +140,9 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     // They change the settings of the node.
     ("growth", true, growth::TESTS),
     ("deploy", true, deploy::TESTS),
+    ("cli", false, cli::TESTS),
+    // They look for what is left.
+    ("cli_alone", true, cli::ALONE),
 ];
 
 fn main() -> ExitCode {

@@ -25,8 +25,8 @@ pub const TESTS: &[Test] = &[
     test("control_c_interrupts", control_c),
 ];
 
-/// `ctr` on a pseudo-terminal of ours.
-struct Session {
+/// `ctr`, or `husk`, on a pseudo-terminal of ours.
+pub struct Session {
     child: Child,
     master: File,
     seen: Arc<Mutex<Vec<u8>>>,
@@ -34,7 +34,7 @@ struct Session {
 
 nix::ioctl_write_ptr_bad!(set_size, libc::TIOCSWINSZ, Winsize);
 
-const fn size(rows: u16, columns: u16) -> Winsize {
+pub const fn size(rows: u16, columns: u16) -> Winsize {
     Winsize {
         ws_row: rows,
         ws_col: columns,
@@ -44,7 +44,7 @@ const fn size(rows: u16, columns: u16) -> Winsize {
 }
 
 impl Session {
-    fn start(command: &mut std::process::Command, initial: Winsize) -> Result<Self> {
+    pub fn start(command: &mut std::process::Command, initial: Winsize) -> Result<Self> {
         let pty = openpty(Some(&initial), None)?;
         let slave: OwnedFd = pty.slave;
         let child = command
@@ -70,7 +70,7 @@ impl Session {
         })
     }
 
-    fn type_in(&mut self, text: &str) -> Result<()> {
+    pub fn type_in(&mut self, text: &str) -> Result<()> {
         Ok(self.master.write_all(text.as_bytes())?)
     }
 
@@ -79,7 +79,7 @@ impl Session {
         String::from_utf8_lossy(&seen).into_owned()
     }
 
-    fn expect(&self, part: &str) -> Result<()> {
+    pub fn expect(&self, part: &str) -> Result<()> {
         wait::until(&format!("{part:?} on the terminal"), || {
             self.text().contains(part).then_some(())
         })
@@ -87,7 +87,7 @@ impl Session {
     }
 
     #[allow(unsafe_code, reason = "an ioctl on a pty of ours")]
-    fn resize(&self, to: Winsize) -> Result<()> {
+    pub fn resize(&self, to: Winsize) -> Result<()> {
         // SAFETY: the fd is an open pty and `to` a valid winsize that outlives the call.
         unsafe { set_size(self.master.as_raw_fd(), &raw const to) }?;
         // It is not ctr's controlling terminal, so the kernel tells nobody.
@@ -98,7 +98,7 @@ impl Session {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<i32> {
+    pub fn finish(mut self) -> Result<i32> {
         let status = wait::until("ctr to end", || self.child.try_wait().transpose())
             .with_context(|| format!("the terminal shows:\n{}", self.text()));
         if status.is_err() {
@@ -127,7 +127,7 @@ fn follows_size(suite: &Context) -> Result<()> {
 }
 
 /// The container's terminal gets this size: ctr tells it a moment after the start.
-fn has_size(session: &mut Session, wanted: &str) -> Result<()> {
+pub fn has_size(session: &mut Session, wanted: &str) -> Result<()> {
     session.type_in(&format!(
         "until [ \"$(stty size 2>&1)\" = '{wanted}' ]; do sleep 0.1; done; echo \"size $(stty size)\"\n"
     ))?;
