@@ -134,7 +134,7 @@ fn exit_codes_and_streams(suite: &Context) -> Result<()> {
         (out.text(), out.errors()) == ("out".into(), "err".into()),
         "{out:?}"
     );
-    husk.sh(&[], "kill -9 $$")?.exited(137)?;
+    husk.sh(&[], "sh -c 'kill -9 $$'")?.exited(137)?;
     let out = husk
         .run(&["run", "--rm", IMAGE, "no-such-program"])?
         .exited(127)?;
@@ -222,6 +222,10 @@ fn lives_again(suite: &Context) -> Result<()> {
     ensure!(husk.text(&["ps", "-q"])?.is_empty());
     // What it has written is there when it runs again.
     husk.text(&["start", "one"])?;
+    wait::until("the second run's words", || {
+        let logs = husk.text(&["logs", "one"]).ok()?;
+        logs.ends_with("run x").then_some(())
+    })?;
     husk.run(&["kill", "-s", "KILL", &id[..12]])?.ok()?;
     ensure!(husk.text(&["wait", "one"])? == "137");
     let logs = husk.text(&["logs", "one"])?;
@@ -343,7 +347,7 @@ fn volumes(suite: &Context) -> Result<()> {
         "run",
         "-d",
         "--name",
-        "v",
+        "volumes",
         "--network",
         "none",
         "-v",
@@ -362,15 +366,15 @@ fn volumes(suite: &Context) -> Result<()> {
             .ok()
             .filter(|text| !text.is_empty())
     })?;
-    ensure!(husk.text(&["logs", "v"])? == "beforeread-only");
+    ensure!(husk.text(&["logs", "volumes"])? == "beforeread-only");
     fs::write(host.join("file"), "after")?;
     wait::until("the change in the guest", || {
         let seen = husk
-            .text(&["exec", "v", "cat", "/dir/file", "/file"])
+            .text(&["exec", "volumes", "cat", "/dir/file", "/file"])
             .ok()?;
         (seen == "afterafter").then_some(())
     })?;
-    husk.text(&["rm", "-f", "v"])?;
+    husk.text(&["rm", "-f", "volumes"])?;
     // A volume outlives its container.
     let out = husk
         .sh(
@@ -505,11 +509,11 @@ fn refused(suite: &Context) -> Result<()> {
     let husk = Husk::new(suite)?;
     husk.text(&["run", "--rm", IMAGE, "true"])?;
     let before = Traces::now();
-    husk.run(&["run", "--name", "x", IMAGE, "no-such-program"])?
+    husk.run(&["run", "--name", "refused", IMAGE, "no-such-program"])?
         .exited(127)?;
-    let inspected = husk.inspect("x")?;
+    let inspected = husk.inspect("refused")?;
     ensure!(inspected["State"]["ExitCode"] == 127, "{inspected}");
-    husk.run(&["start", "x"])?.exited(1)?;
+    husk.run(&["start", "refused"])?.exited(1)?;
     // A plugin that fails: the address it had is given back.
     let mut command = husk.command(&["run", "--rm", IMAGE, "true"]);
     let out = ctr::output(command.env("CNI_PATH", "/nonexistent"))?.exited(125)?;
@@ -522,6 +526,6 @@ fn refused(suite: &Context) -> Result<()> {
     fs::write(&config, "kernel = \"/nonexistent\"\n")?;
     let out = ctr::output(command.env("HUSK_CONFIG", &config))?.exited(125)?;
     ensure!(out.errors().contains("/nonexistent"), "{out:?}");
-    husk.text(&["rm", "x"])?;
+    husk.text(&["rm", "refused"])?;
     before.restored()
 }
