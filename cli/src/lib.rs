@@ -27,4 +27,5 @@ mod shim;
 mod spec;
 mod table;
 mod terminal;
+mod trust;
 mod version;

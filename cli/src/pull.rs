@@ -15,6 +15,7 @@ use crate::{
     args,
     place::{Place, platform},
     progress::{self, Shown},
+    trust,
 };
 
 /// The most memory, in bytes, that a registry can make a pull take. A pull of whatever size needs a twentieth; tokens and errors are read by
@@ -23,6 +24,7 @@ const MEMORY: u64 = 1 << 30;
 
 /// For a container that wants an image which is not there. What the pull shows goes where errors go: the output is the container's.
 pub(crate) fn pull_for_run(place: &Place, name: &ImageName, quiet: bool) -> Result<Pulled> {
+    trust::ensure(place.root())?;
     let options = Options {
         platform: Platform::here(),
         limits: Limits::default(),
@@ -56,6 +58,7 @@ fn get(
 }
 
 pub(crate) fn pull(place: &Place, args: &args::Pull) -> Result<()> {
+    trust::ensure(place.root())?;
     let name: ImageName = args.image.parse()?;
     let options = Options {
         platform: platform(args.platform.as_deref())?,

@@ -531,6 +531,17 @@ fn a_full_disk_is_told_and_loses_nothing() {
 }
 
 #[test]
+fn a_host_without_certificates_can_pull() {
+    let ground = Ground::new();
+    let empty = ground.dir.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let mut pull = ground.husk(&["pull", "-q", &ground.one()]);
+    pull.env("SSL_CERT_DIR", &empty)
+        .env("SSL_CERT_FILE", empty.join("none"));
+    run(&mut pull);
+}
+
+#[test]
 fn the_environments_proxy_is_used() {
     let ground = Ground::new();
     let proxy = Proxy::new(&ground.registry.host, |_, _| Fault::None);

@@ -8,14 +8,12 @@ mod blob;
 mod credentials;
 mod document;
 mod settings;
+mod tls;
 
 use std::{fs, time::Duration};
 
 use oci_client::{
-    Client as OciClient, RegistryOperation,
-    client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol},
-    errors::OciDistributionError,
-    secrets::RegistryAuth,
+    Client as OciClient, RegistryOperation, errors::OciDistributionError, secrets::RegistryAuth,
 };
 use oci_spec::distribution::Reference;
 
@@ -23,9 +21,6 @@ pub(crate) use blob::Sink;
 pub use settings::{FILE, Patience, Registry, Settings, SettingsError};
 
 use crate::{layer::Sha256Digest, manifest::ManifestError, name::ImageName, store::StoreError};
-
-/// As which husk introduces itself.
-const AGENT: &str = concat!("husk/", env!("CARGO_PKG_VERSION"));
 
 /// Why an image is not there.
 #[derive(Debug, thiserror::Error)]
@@ -168,43 +163,12 @@ impl Endpoint {
         if let Some(path) = &told.ca_file {
             let data = fs::read(path)
                 .map_err(|e| bad_certificates(format!("reading {}: {e}", path.display())))?;
-            certificates = split_certificates(&data)
+            certificates = tls::split(&data)
                 .map_err(|why| bad_certificates(format!("{}: {why}", path.display())))?;
         }
         let patience = settings.patience;
-        // Whoever was first has chosen the same.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut builder = reqwest::Client::builder()
-            .user_agent(AGENT)
-            .connect_timeout(patience.connect)
-            .read_timeout(patience.idle);
-        let own = certificates
-            .iter()
-            .map(|pem| reqwest::Certificate::from_pem(pem))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|e| bad_certificates(told_by(&e)))?;
-        builder = builder.tls_certs_merge(own);
-        let protocol = if is_plain {
-            ClientProtocol::Http
-        } else {
-            ClientProtocol::Https
-        };
-        let config = ClientConfig {
-            protocol,
-            extra_root_certificates: certificates
-                .into_iter()
-                .map(|data| Certificate {
-                    encoding: CertificateEncoding::Pem,
-                    data,
-                })
-                .collect(),
-            read_timeout: Some(patience.idle),
-            connect_timeout: Some(patience.connect),
-            user_agent: AGENT,
-            ..ClientConfig::default()
-        };
-        let oci = OciClient::try_from(config).map_err(|e| bad_certificates(told_by(&e)))?;
-        let http = builder.build().map_err(|e| bad_certificates(told_by(&e)))?;
+        let (oci, http) =
+            tls::clients(&certificates, is_plain, patience).map_err(bad_certificates)?;
         let auth = credentials::find(&host).await?;
         Ok(Self {
             host,
@@ -354,19 +318,4 @@ fn short(text: &str) -> String {
         shown.push('…');
     }
     shown
-}
-
-/// The certificates of a file in PEM, each by itself, as reqwest takes them.
-fn split_certificates(pem: &[u8]) -> Result<Vec<Vec<u8>>, String> {
-    const END: &str = "-----END CERTIFICATE-----";
-    let text = std::str::from_utf8(pem).map_err(|e| e.to_string())?;
-    let all: Vec<Vec<u8>> = text
-        .split_inclusive(END)
-        .filter(|part| part.ends_with(END))
-        .map(|part| part.as_bytes().to_vec())
-        .collect();
-    if all.is_empty() {
-        return Err("it has no certificate in PEM".to_owned());
-    }
-    Ok(all)
 }

@@ -134,7 +134,7 @@ fn exit_codes_and_streams(suite: &Context) -> Result<()> {
         (out.text(), out.errors()) == ("out".into(), "err".into()),
         "{out:?}"
     );
-    husk.sh(&[], "sh -c 'kill -9 $$'")?.exited(137)?;
+    husk.sh(&[], "sh -c 'kill -9 $$'; exit $?")?.exited(137)?;
     let out = husk
         .run(&["run", "--rm", IMAGE, "no-such-program"])?
         .exited(127)?;
