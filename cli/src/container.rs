@@ -115,10 +115,9 @@ pub(crate) struct Container {
 }
 
 impl Containers {
-    pub(crate) fn new(root: &Path) -> Result<Self> {
-        let dir = root.join("containers");
-        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
-        Ok(Self { dir })
+    pub(crate) fn new(dir: &Path) -> Self {
+        let dir = dir.to_owned();
+        Self { dir }
     }
 
     /// All, the youngest first. What is half made or half removed is none.
@@ -335,7 +334,7 @@ mod tests {
     #[test]
     fn containers_are_found_by_name_and_by_the_beginning_of_their_id() {
         let dir = tempfile::tempdir().unwrap();
-        let all = Containers::new(dir.path()).unwrap();
+        let all = Containers::new(dir.path());
         all.create(record("aa11", "one")).unwrap();
         all.create(record("aa22", "two")).unwrap();
         assert!(
@@ -366,14 +365,14 @@ mod tests {
         all.find("one").unwrap().remove().unwrap();
         assert_eq!(ids(&all), ["aa22"]);
         // What a power cut leaves of one that was being made.
-        fs::create_dir(dir.path().join("containers/cc")).unwrap();
+        fs::create_dir(dir.path().join("cc")).unwrap();
         assert_eq!(ids(&all), ["aa22"]);
     }
 
     #[test]
     fn a_container_runs_as_long_as_its_monitor() {
         let dir = tempfile::tempdir().unwrap();
-        let all = Containers::new(dir.path()).unwrap();
+        let all = Containers::new(dir.path());
         let container = all.create(record("aa", "one")).unwrap();
         assert_eq!(container.status().unwrap().state, State::Created);
         let lock = container.try_lock().unwrap().unwrap();

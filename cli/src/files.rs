@@ -134,8 +134,8 @@ fn read(layers: &[PathBuf], name: &str) -> Result<String> {
     Ok(String::new())
 }
 
-/// What -v says: a mount of the specification. What of the host is named and is not there becomes a directory, as docker does it.
-pub(crate) fn volume(root: &Path, word: &str) -> Result<Value> {
+/// What -v says: a mount of the specification. `volumes`: where those are that have a name. What of the host is named and is not there becomes a directory, as docker does it.
+pub(crate) fn volume(volumes: &Path, word: &str) -> Result<Value> {
     let bad = || format!("-v {word:?} is not SOURCE:TARGET[:ro]");
     let parts: Vec<&str> = word.split(':').collect();
     let (source, target, options) = match *parts {
@@ -174,7 +174,7 @@ pub(crate) fn volume(root: &Path, word: &str) -> Result<Value> {
                 bad()
             );
         }
-        root.join("volumes").join(source)
+        volumes.join(source)
     };
     match fs::metadata(&path) {
         Ok(_) => {}
@@ -239,7 +239,7 @@ mod tests {
         assert!(here.is_dir());
         assert_eq!(mount["options"], json!(["rbind", "rprivate", "ro"]));
         let mount = volume(dir.path(), "data:/t").unwrap();
-        assert_eq!(mount["source"], json!(dir.path().join("volumes/data")));
+        assert_eq!(mount["source"], json!(dir.path().join("data")));
         for word in [
             "x",
             "./x:/t",

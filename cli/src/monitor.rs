@@ -33,7 +33,7 @@ use tokio::{
 
 use crate::{
     args,
-    container::{Container, Containers, State, Status},
+    container::{Container, State, Status},
     log::{Log, Stream},
     network::{self, Attached},
     place::Place,
@@ -84,7 +84,7 @@ pub(crate) fn run(place: &Place, args: &args::Monitor) -> Result<()> {
 }
 
 fn start_and_wait(place: &Place, args: &args::Monitor) -> Result<()> {
-    let container = Containers::new(place.root())?.find(&args.id)?;
+    let container = place.containers()?.find(&args.id)?;
     let lock = container.try_lock().context("locking the container")?;
     let Some(_lock) = lock else {
         bail!("container {} is running", container.record.name);

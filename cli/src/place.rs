@@ -1,6 +1,10 @@
 //! Where things are, and names for them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, DirBuilder, Permissions},
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, bail};
 use husk_image::{
@@ -11,6 +15,9 @@ use husk_image::{
 };
 
 use crate::container::Containers;
+
+/// Root's alone.
+const PRIVATE: u32 = 0o700;
 
 /// What the global flags say.
 pub(crate) struct Place {
@@ -30,13 +37,28 @@ impl Place {
 
     /// The containers; their directory is made where there is none.
     pub(crate) fn containers(&self) -> Result<Containers> {
-        Containers::new(&self.root)
+        Ok(Containers::new(&self.private("containers")?))
     }
 
     /// The images' store; made where there is none.
     pub(crate) fn store(&self) -> Result<Store> {
-        let path = self.root.join("images");
+        let path = self.private("images")?;
         Store::open(&path).with_context(|| format!("opening the images in {}", path.display()))
+    }
+
+    /// A directory of the root's that nobody else enters: an image may have programs that run as root whoever starts them (as in
+    /// CVE-2021-41103).
+    pub(crate) fn private(&self, name: &str) -> Result<PathBuf> {
+        let path = self.root.join(name);
+        let make = || {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(PRIVATE)
+                .create(&path)?;
+            fs::set_permissions(&path, Permissions::from_mode(PRIVATE))
+        };
+        make().with_context(|| format!("making {}", path.display()))?;
+        Ok(path)
     }
 
     pub(crate) fn settings(&self) -> Result<Settings> {

@@ -261,10 +261,11 @@ fn make(place: &Place, args: &args::Create, attached: bool) -> Result<Container>
     let identity = files::identity(&layers, &user)?;
     let command = spec::command(&args, &config)?;
     let env = spec::environment(&args, &config, &identity, |name| env::var(name).ok())?;
+    let volumes = place.private("volumes")?;
     let mounts = args
         .volume
         .iter()
-        .map(|word| files::volume(place.root(), word))
+        .map(|word| files::volume(&volumes, word))
         .collect::<Result<_>>()?;
     let spec = spec::build(&spec::Parts {
         id: &id,
