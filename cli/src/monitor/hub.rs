@@ -1,6 +1,6 @@
 //! A container's streams, between its pipes and whoever is attached.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
     api::{CloseIORequest, KillRequest, ResizePtyRequest},
@@ -13,6 +13,7 @@ use tokio::{
         unix::{OwnedReadHalf, OwnedWriteHalf, pipe},
     },
     sync::{Mutex, Notify, mpsc, watch},
+    time::sleep,
 };
 
 use crate::{
@@ -24,6 +25,9 @@ use crate::{
 /// Frames that wait for one who is attached; then the container waits, as it does for a slow terminal.
 const WAITING: usize = 64;
 
+/// How long one who is attached may leave a frame unread when the container has ended.
+const READS: Duration = Duration::from_secs(60);
+
 /// The container's streams.
 pub(super) struct Hub {
     stdin_once: bool,
@@ -32,6 +36,8 @@ pub(super) struct Hub {
     container: Mutex<Inner>,
     /// The container is there.
     is_there: watch::Sender<bool>,
+    /// It has ended.
+    is_ending: watch::Sender<bool>,
 }
 
 /// What is there once the container is.
@@ -51,6 +57,7 @@ impl Hub {
             clients: Mutex::default(),
             container: Mutex::default(),
             is_there: watch::Sender::default(),
+            is_ending: watch::Sender::default(),
         }
     }
 
@@ -87,13 +94,12 @@ impl Hub {
         if let Err(error) = self.log.lock().await.end() {
             tracing::warn!("writing the container's log: {error}");
         }
+        self.is_ending.send_replace(true);
         self.tell(Frame::Exit(code)).await;
         let clients = std::mem::take(&mut *self.clients.lock().await);
         for client in clients {
-            // Until its writer has written the last frame and closed the channel.
-            let closed = client.clone();
-            drop(client);
-            let _ = tokio::time::timeout(std::time::Duration::from_secs(2), closed.closed()).await;
+            // Until its writer has written the last frame, or has given up.
+            client.closed().await;
         }
     }
 
@@ -183,7 +189,7 @@ pub(super) async fn accept(listener: UnixListener, hub: Arc<Hub>, came: Arc<Noti
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Too many files, say: the next may have more luck.
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            sleep(Duration::from_millis(100)).await;
             continue;
         };
         attach(stream, &hub).await;
@@ -195,13 +201,27 @@ async fn attach(stream: UnixStream, hub: &Arc<Hub>) {
     let (reader, writer) = stream.into_split();
     let (sender, receiver) = mpsc::channel(WAITING);
     hub.clients.lock().await.push(sender);
-    tokio::spawn(write(writer, receiver));
+    tokio::spawn(write(writer, receiver, hub.is_ending.subscribe()));
     tokio::spawn(Arc::clone(hub).serve(reader));
 }
 
-async fn write(mut writer: OwnedWriteHalf, mut frames: mpsc::Receiver<Frame>) {
+/// As slowly as whoever is attached reads; but once the container has ended, one who does not read at all is not waited for.
+async fn write(
+    mut writer: OwnedWriteHalf,
+    mut frames: mpsc::Receiver<Frame>,
+    mut is_ending: watch::Receiver<bool>,
+) {
     while let Some(frame) = frames.recv().await {
-        if frame.write(&mut writer).await.is_err() || matches!(frame, Frame::Exit(_)) {
+        let given_up = async {
+            // The hub lives as long as its clients.
+            let _ = is_ending.wait_for(|is_ending| *is_ending).await;
+            sleep(READS).await;
+        };
+        let written = tokio::select! {
+            written = frame.write(&mut writer) => written.is_ok(),
+            () = given_up => false,
+        };
+        if !written || matches!(frame, Frame::Exit(_)) {
             return;
         }
     }
@@ -228,5 +248,43 @@ pub(super) async fn output(mut pipe: pipe::Receiver, hub: Arc<Hub>, stream: Stre
             Stream::Stderr => Frame::Error(data.to_vec()),
         };
         hub.tell(frame).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_reads_slowly_gets_all_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let hub = Arc::new(Hub::new(Log::open(dir.path()).unwrap(), false));
+        let (monitors, mut clients) = UnixStream::pair().unwrap();
+        attach(monitors, &hub).await;
+        let writer = tokio::spawn({
+            let hub = Arc::clone(&hub);
+            async move {
+                for byte in 0..100 {
+                    hub.tell(Frame::Output(vec![byte; 32 << 10])).await;
+                }
+                hub.end(7).await;
+            }
+        });
+        // There is more than all that is between holds.
+        sleep(Duration::from_secs(3)).await;
+        for byte in 0..100 {
+            let frame = Frame::read(&mut clients).await.unwrap();
+            assert_eq!(frame, Some(Frame::Output(vec![byte; 32 << 10])));
+            if byte == 50 {
+                sleep(Duration::from_secs(3)).await;
+                // The monitor ends after it, and with it the connection.
+                assert!(!writer.is_finished());
+            }
+        }
+        assert_eq!(
+            Frame::read(&mut clients).await.unwrap(),
+            Some(Frame::Exit(7))
+        );
+        writer.await.unwrap();
     }
 }
