@@ -198,26 +198,35 @@ impl Container {
 
     /// Holds the container's lock, if nobody does.
     pub(crate) fn try_lock(&self) -> io::Result<Option<File>> {
-        match lock(
-            &self.dir.join("lock"),
-            FlockOperation::NonBlockingLockExclusive,
-        ) {
+        match lock(&self.lock_path(), FlockOperation::NonBlockingLockExclusive) {
             Ok(file) => Ok(Some(file)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Waits until it has no monitor.
+    fn lock_path(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+
+    /// Waits until it has no monitor, or is gone.
     pub(crate) fn wait_for_monitor(&self) -> io::Result<()> {
-        lock(&self.dir.join("lock"), FlockOperation::LockShared).map(drop)
+        self.look_at_lock(FlockOperation::LockShared).map(drop)
     }
 
     /// Has it a monitor?
     fn has_monitor(&self) -> bool {
-        let path = self.dir.join("lock");
-        let held = lock(&path, FlockOperation::NonBlockingLockShared);
+        let held = self.look_at_lock(FlockOperation::NonBlockingLockShared);
         held.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Takes the lock for a moment, if there is one. It is not made here: that would put a file into a directory that is being removed.
+    fn look_at_lock(&self, operation: FlockOperation) -> io::Result<()> {
+        match File::open(self.lock_path()) {
+            Ok(file) => Ok(flock(&file, operation)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// How far it is. One whose monitor has gone without a word has ended: killed, or with the host.
@@ -375,8 +384,12 @@ mod tests {
         let all = Containers::new(dir.path());
         let container = all.create(record("aa", "one")).unwrap();
         assert_eq!(container.status().unwrap().state, State::Created);
+        container.wait_for_monitor().unwrap();
+        // Whoever looks leaves nothing there: the container may be going.
+        assert!(!container.dir.join("lock").exists());
         let lock = container.try_lock().unwrap().unwrap();
         assert!(container.try_lock().unwrap().is_none());
+        assert!(container.has_monitor());
         let running = Status {
             state: State::Running,
             ..Status::default()

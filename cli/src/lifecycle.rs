@@ -103,16 +103,8 @@ fn end(container: &Container, signal: u32, patience: Duration) -> Result<()> {
         Ok(())
     })?;
     // Its monitor clears away first.
-    container.wait_for_monitor().or_else(gone)?;
+    container.wait_for_monitor()?;
     Ok(())
-}
-
-/// A container that removes itself is gone in the end.
-fn gone(error: io::Error) -> io::Result<()> {
-    match error.kind() {
-        io::ErrorKind::NotFound => Ok(()),
-        _ => Err(error),
-    }
 }
 
 pub(crate) fn kill(place: &Place, args: &args::Kill) -> Result<()> {
@@ -165,7 +157,7 @@ pub(crate) fn wait(place: &Place, args: &args::Containers) -> Result<()> {
             .flatten(),
             _ => None,
         };
-        container.wait_for_monitor().or_else(gone)?;
+        container.wait_for_monitor()?;
         let code = match code {
             Some(code) => code,
             None => container.status()?.exit_code.unwrap_or(0),

@@ -74,7 +74,9 @@ fn report(report: &Report) {
 
 /// Runs a container to its end.
 pub(crate) fn run(place: &Place, args: &args::Monitor) -> Result<()> {
-    let outcome = start_and_wait(place, args);
+    // What the caller's terminal sends is not meant for it: neither Ctrl-C, nor the terminal's end.
+    let own = rustix::process::setsid().context("leaving the caller's session");
+    let outcome = own.and_then(|_| start_and_wait(place, args));
     if let Err(error) = &outcome {
         let error = format!("{error:#}");
         let code = exit_code_of(&error);

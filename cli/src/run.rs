@@ -116,11 +116,11 @@ fn end(place: &Place, container: &Container, outcome: Outcome) -> Result<()> {
         Outcome::Detached => return Ok(()),
         Outcome::Exited(code) => {
             // Whoever comes next finds it ended, or gone.
-            container.wait_for_monitor().or_else(not_found)?;
+            container.wait_for_monitor()?;
             code
         }
         Outcome::Lost => {
-            container.wait_for_monitor().or_else(not_found)?;
+            container.wait_for_monitor()?;
             // With it went the container, or its end was not told in time.
             let again = place.containers()?.find(&container.record.id);
             again
@@ -134,13 +134,6 @@ fn end(place: &Place, container: &Container, outcome: Outcome) -> Result<()> {
         0 => Ok(()),
         code => Err(Code::silent(code)),
     }
-}
-
-fn not_found(error: io::Error) -> io::Result<()> {
-    if error.kind() == io::ErrorKind::NotFound {
-        return Ok(());
-    }
-    Err(error)
 }
 
 /// Runs what is asynchronous. What it leaves behind, as the thread that reads standard input, ends with the process.
@@ -208,7 +201,11 @@ impl Started {
     }
 }
 
+/// One that runs already is as it should be.
 fn start_one(place: &Place, container: &Container) -> Result<()> {
+    if container.status()?.state == State::Running {
+        return Ok(());
+    }
     Started::new(place, container, false)?.started()
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -13,7 +14,7 @@ use husk_tests::{
     wait,
 };
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
 use serde_json::Value;
@@ -464,6 +465,7 @@ fn killed(suite: &Context) -> Result<()> {
     let script = "echo begun; sleep 3; echo went-on; sleep 1000";
     let mut caller = husk
         .command(&["run", "--name", "one", IMAGE, "sh", "-c", script])
+        .process_group(0)
         .stdout(Stdio::null())
         .spawn()?;
     wait::until("the container to run", || {
@@ -471,7 +473,8 @@ fn killed(suite: &Context) -> Result<()> {
             .ok()
             .filter(|text| text.contains("begun"))
     })?;
-    caller.kill()?;
+    // As the end of its terminal does, and all its processes with it.
+    killpg(Pid::from_raw(caller.id().cast_signed()), Signal::SIGKILL)?;
     caller.wait()?;
     wait::until("the rest of the output", || {
         husk.text(&["logs", "one"])
