@@ -3,7 +3,7 @@
 use std::{
     fs::{self, DirBuilder, Permissions},
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -27,6 +27,8 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(root: PathBuf, registries: PathBuf) -> Self {
+        // A monitor has another working directory. Nothing is looked up here: it fails for an empty path only, which fails later too.
+        let root = path::absolute(&root).unwrap_or(root);
         Self { root, registries }
     }
 
