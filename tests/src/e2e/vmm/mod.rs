@@ -25,8 +25,9 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Looks around, then turns the machine off.
+/// The serial port takes what is written when it is ready, and `poweroff -f` does not wait for that: `stty` does (TCSADRAIN).
 const REPORT: &str = "$b mkdir /proc; $b mount -t proc proc /proc; echo cpus $($b nproc)
-$b grep MemTotal /proc/meminfo; $b poweroff -f; $b sleep 1000";
+$b grep MemTotal /proc/meminfo; $b stty sane; $b poweroff -f; $b sleep 1000";
 /// Keeps a vCPU busy for good.
 const BUSY: &str = "echo ready; while :; do :; done";
 
