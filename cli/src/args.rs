@@ -65,6 +65,10 @@ pub enum Command {
     Rm(Rm),
     /// Show all that is known of containers, as JSON.
     Inspect(Containers),
+    /// Show what containers use.
+    Stats(Stats),
+    /// Say what this host can and cannot do, and what to do about it.
+    Doctor(Doctor),
     /// Networks of containers.
     #[command(subcommand)]
     Network(NetworkCommand),
@@ -345,6 +349,27 @@ pub struct Containers {
     /// Names, ids, or beginnings of ids.
     #[arg(required = true)]
     pub containers: Vec<String>,
+}
+
+/// `husk stats`.
+#[derive(Debug, clap::Args)]
+pub struct Stats {
+    /// Once, not again and again.
+    #[arg(long)]
+    pub no_stream: bool,
+    /// How to print.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
+    /// Names, ids, or beginnings of ids; without any, all that run.
+    pub containers: Vec<String>,
+}
+
+/// `husk doctor`.
+#[derive(Debug, clap::Args)]
+pub struct Doctor {
+    /// How to print.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub format: Format,
 }
 
 /// `husk network`.

@@ -12,9 +12,9 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     archives,
     args::{Args, Command},
-    exec, images, lifecycle, look, monitor, network,
+    doctor, exec, images, lifecycle, look, monitor, network,
     place::Place,
-    pull, run, version,
+    pull, run, stats, version,
 };
 
 /// Does what the command line says.
@@ -46,6 +46,8 @@ pub fn run(args: Args) -> Result<()> {
         Command::Pause(args) => lifecycle::pause(&place, &args),
         Command::Unpause(args) => lifecycle::unpause(&place, &args),
         Command::Rm(args) => lifecycle::remove(&place, &args),
+        Command::Stats(args) => stats::stats(&place, &args),
+        Command::Doctor(args) => doctor::doctor(&args),
         Command::Network(args) => network::command(&place, &args),
         Command::Monitor(args) => monitor::run(&place, &args),
         Command::Pull(args) => pull::pull(&place, &args),

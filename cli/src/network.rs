@@ -249,6 +249,14 @@ pub(crate) fn detach(container: &Container) {
     container.forget(FILE);
 }
 
+/// The plugins of husk's own networks that are not there.
+pub(crate) fn missing_plugins() -> Vec<&'static str> {
+    let all = ["bridge", "host-local", "portmap", "firewall"];
+    all.into_iter()
+        .filter(|kind| cni::find(kind).is_err())
+        .collect()
+}
+
 fn plugins<'a>(id: &'a str, attached: &'a Attached) -> Plugins<'a> {
     Plugins {
         id,

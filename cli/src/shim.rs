@@ -76,7 +76,7 @@ impl Shim<'_> {
 }
 
 /// Beside this program, or else whatever PATH has.
-fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     let beside = env::current_exe().ok().and_then(|exe| {
         let path = fs::canonicalize(exe).ok()?.with_file_name(PROGRAM);
         path.exists().then_some(path)

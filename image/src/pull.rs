@@ -163,6 +163,10 @@ async fn pull_from(
         Document::Index(index) => {
             let chosen = choose(&index, &options.platform)?;
             let second = endpoint.document(Some(&chosen.digest)).await?;
+            if second.named != chosen {
+                let found = format!("it has {} bytes", second.named.size);
+                return Err(endpoint.other(chosen.digest, found));
+            }
             keep(store, &second.named, second.text).await?;
             let Document::Manifest(manifest) = second.document else {
                 let (what, why) = ("image's index", "leads to another".to_owned());
@@ -176,6 +180,18 @@ async fn pull_from(
     let (reader, part) = (store.clone(), manifest.clone());
     let config = blocking(move || Ok(reader.config(&part)?)).await?;
     let layers = manifest.layers(&config, &options.platform)?;
+    // What is not unpacked is not fetched either.
+    if let Some(large) = layers
+        .iter()
+        .find(|layer| layer.size > options.limits.bytes)
+    {
+        let (size, most) = (large.size, options.limits.bytes);
+        return Err(ManifestError::Invalid {
+            what: "image's manifest",
+            why: format!("has a layer of {size} bytes, the most is {most}"),
+        }
+        .into());
+    }
     let paths = layers_from(store, &endpoint, &layers, options.limits, progress).await?;
     let descriptor = describe(MediaType::from(&*kind), &named)?;
     let (tagger, name) = (store.clone(), name.to_string());

@@ -112,7 +112,7 @@ fn paths() -> String {
     env::var("CNI_PATH").unwrap_or_else(|_| PATHS.to_owned())
 }
 
-fn find(kind: &str) -> Result<PathBuf> {
+pub(super) fn find(kind: &str) -> Result<PathBuf> {
     if kind.contains('/') {
         bail!("{kind:?} is no CNI plugin's name");
     }

@@ -130,6 +130,12 @@ impl Drop for Husk {
 
 fn exit_codes_and_streams(suite: &Context) -> Result<()> {
     let husk = Husk::new(suite)?;
+    // What this host is good for, the suites show.
+    let found = husk.text(&["doctor"])?;
+    ensure!(
+        found.contains("KVM: AMD-V") && !found.contains("FAIL"),
+        "{found}"
+    );
     let out = husk.sh(&[], "echo out; echo err >&2; exit 3")?.exited(3)?;
     ensure!(
         (out.text(), out.errors()) == ("out".into(), "err".into()),
@@ -210,6 +216,12 @@ fn lives_again(suite: &Context) -> Result<()> {
         .ok()?;
     ensure!(out.text() == "b /etc 1000:10", "{out:?}");
     husk.run(&["exec", "one", "no-such-program"])?.exited(127)?;
+    let used: Value =
+        serde_json::from_str(&husk.text(&["stats", "--no-stream", "--format", "json", "one"])?)?;
+    ensure!(
+        used["Name"] == "one" && used["PIDs"].as_str() > Some("0"),
+        "{used}"
+    );
     husk.text(&["pause", "one"])?;
     husk.text(&["unpause", "one"])?;
     husk.run(&["rm", "one"])?.exited(1)?;

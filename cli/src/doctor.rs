@@ -1,0 +1,436 @@
+//! `husk doctor`: what this host can do and what it cannot, each trouble with its remedy.
+
+use std::{
+    env, fs,
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::{args, args::Format, command::Code, network, shim};
+
+/// How it stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Something is slower, or not to be had.
+    Warning,
+    /// Nothing runs.
+    Failure,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Finding {
+    check: &'static str,
+    verdict: Verdict,
+    found: String,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    remedy: &'static str,
+}
+
+/// The oldest kernel: mount_setattr(2) makes bind mounts read-only before the guest sees them.
+const KERNEL: (u32, u32) = (5, 12);
+
+pub(crate) fn doctor(args: &args::Doctor) -> Result<()> {
+    let host = Host {
+        root: PathBuf::from("/"),
+    };
+    let findings = [
+        host.kvm(),
+        host.kernel(),
+        host.cgroups(),
+        host.overlay(),
+        host.tun(),
+        host.vhost(),
+        host.traffic(),
+        parts(),
+        plugins(),
+        certificates(),
+        host.containerd(),
+    ];
+    let mut out = io::stdout().lock();
+    for finding in &findings {
+        if args.format == Format::Json {
+            writeln!(out, "{}", serde_json::to_string(finding)?)?;
+            continue;
+        }
+        let word = match finding.verdict {
+            Verdict::Ok => "ok  ",
+            Verdict::Warning => "WARN",
+            Verdict::Failure => "FAIL",
+        };
+        writeln!(out, "{word}  {}: {}", finding.check, finding.found)?;
+        if finding.verdict != Verdict::Ok {
+            writeln!(out, "      -> {}", finding.remedy)?;
+        }
+    }
+    match findings
+        .iter()
+        .any(|finding| finding.verdict == Verdict::Failure)
+    {
+        true => Err(Code::silent(1)),
+        false => Ok(()),
+    }
+}
+
+fn finding(
+    check: &'static str,
+    verdict: Verdict,
+    found: impl Into<String>,
+    remedy: &'static str,
+) -> Finding {
+    Finding {
+        check,
+        verdict,
+        found: found.into(),
+        remedy,
+    }
+}
+
+/// The host's files; another directory in tests.
+struct Host {
+    root: PathBuf,
+}
+
+impl Host {
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap_or_default()
+    }
+
+    fn has_module(&self, name: &str) -> bool {
+        self.path("sys/module").join(name).exists()
+    }
+
+    /// Loaded, built in, or there to be loaded.
+    fn can_have_module(&self, name: &str) -> bool {
+        let release = self.read("proc/sys/kernel/osrelease");
+        let lists = ["modules.dep", "modules.builtin"]
+            .map(|file| self.read(&format!("lib/modules/{}/{file}", release.trim())));
+        let file = format!("/{name}.ko");
+        self.has_module(name) || lists.iter().any(|list| list.contains(&file))
+    }
+
+    fn kvm(&self) -> Finding {
+        const CHECK: &str = "KVM";
+        let path = self.path("dev/kvm");
+        let flags = self.read("proc/cpuinfo");
+        let has = |flag: &str| {
+            let mut lines = flags.lines().filter(|line| line.starts_with("flags"));
+            lines
+                .next()
+                .is_some_and(|line| line.split(' ').any(|word| word == flag))
+        };
+        if !path.exists() {
+            return finding(
+                CHECK,
+                Verdict::Failure,
+                "there is no /dev/kvm",
+                "load kvm_amd or kvm_intel; in a VM, enable nested virtualisation",
+            );
+        }
+        if self.has_module("kvm_pvm") {
+            return finding(
+                CHECK,
+                Verdict::Failure,
+                "/dev/kvm is served by kvm_pvm, which cannot run an ordinary guest",
+                "use a machine with AMD-V or VT-x",
+            );
+        }
+        if let Err(error) = fs::File::options().read(true).write(true).open(&path) {
+            return finding(
+                CHECK,
+                Verdict::Failure,
+                format!("/dev/kvm cannot be opened: {error}"),
+                "run husk as root",
+            );
+        }
+        match (has("svm"), has("vmx")) {
+            (true, _) => finding(CHECK, Verdict::Ok, "AMD-V", ""),
+            (_, true) => finding(CHECK, Verdict::Ok, "VT-x", ""),
+            _ => finding(
+                CHECK,
+                Verdict::Failure,
+                "the CPU shows neither svm nor vmx",
+                "use a machine with AMD-V or VT-x; in a VM, enable nested virtualisation",
+            ),
+        }
+    }
+
+    fn kernel(&self) -> Finding {
+        let release = self.read("proc/sys/kernel/osrelease").trim().to_owned();
+        let mut numbers = release
+            .split(|c: char| !c.is_ascii_digit())
+            .map(str::parse::<u32>);
+        let version = match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+            _ => (0, 0),
+        };
+        let verdict = if version >= KERNEL {
+            Verdict::Ok
+        } else {
+            Verdict::Failure
+        };
+        finding("kernel", verdict, release, "husk wants Linux 5.12 or newer")
+    }
+
+    fn cgroups(&self) -> Finding {
+        match self.path("sys/fs/cgroup/cgroup.controllers").exists() {
+            true => finding("cgroups", Verdict::Ok, "version 2", ""),
+            false => finding(
+                "cgroups",
+                Verdict::Failure,
+                "there is no cgroup v2 at /sys/fs/cgroup",
+                "boot with systemd.unified_cgroup_hierarchy=1",
+            ),
+        }
+    }
+
+    fn overlay(&self) -> Finding {
+        let known = self.read("proc/filesystems");
+        let has = known
+            .lines()
+            .any(|line| line.trim_start_matches("nodev").trim() == "overlay");
+        match has || self.can_have_module("overlay") {
+            true => finding("overlayfs", Verdict::Ok, "there", ""),
+            false => finding(
+                "overlayfs",
+                Verdict::Failure,
+                "the kernel has none",
+                "a kernel with CONFIG_OVERLAY_FS, as every distribution's",
+            ),
+        }
+    }
+
+    fn tun(&self) -> Finding {
+        match self.path("dev/net/tun").exists() {
+            true => finding("network devices", Verdict::Ok, "/dev/net/tun", ""),
+            false => finding(
+                "network devices",
+                Verdict::Warning,
+                "there is no /dev/net/tun: containers have no network",
+                "load the module tun",
+            ),
+        }
+    }
+
+    fn vhost(&self) -> Finding {
+        match self.path("dev/vhost-net").exists() {
+            true => finding(
+                "packets",
+                Verdict::Ok,
+                "carried by the kernel (/dev/vhost-net)",
+                "",
+            ),
+            false => finding(
+                "packets",
+                Verdict::Warning,
+                "there is no /dev/vhost-net: the VMM carries them, more slowly",
+                "load the module vhost_net",
+            ),
+        }
+    }
+
+    fn traffic(&self) -> Finding {
+        let missing: Vec<&str> = ["sch_ingress", "cls_u32", "act_mirred"]
+            .into_iter()
+            .filter(|module| !self.can_have_module(module))
+            .collect();
+        match missing.is_empty() {
+            true => finding("traffic control", Verdict::Ok, "there", ""),
+            false => finding(
+                "traffic control",
+                Verdict::Warning,
+                format!(
+                    "neither loaded nor below /lib/modules: {}; without them containers have no network",
+                    missing.join(", ")
+                ),
+                "a kernel that has them, as every distribution's; built in, they may go unseen here",
+            ),
+        }
+    }
+
+    fn containerd(&self) -> Finding {
+        const CHECK: &str = "containerd";
+        let config = self.read("etc/containerd/config.toml");
+        if config.contains("io.containerd.husk.v2") {
+            return finding(CHECK, Verdict::Ok, "has the runtime handler husk", "");
+        }
+        let there = env::split_paths(&env::var_os("PATH").unwrap_or_default())
+            .any(|dir| dir.join("containerd").exists());
+        match there {
+            false => finding(CHECK, Verdict::Ok, "none here; husk needs none", ""),
+            true => finding(
+                CHECK,
+                Verdict::Warning,
+                "its configuration names no runtime handler husk: `ctr run --runtime io.containerd.husk.v2` works, RuntimeClass does not",
+                "deploy/containerd-1.7.toml or containerd-2.toml of husk's sources has the lines",
+            ),
+        }
+    }
+}
+
+/// husk's own programs.
+fn parts() -> Finding {
+    const CHECK: &str = "husk's parts";
+    const REMEDY: &str = "`make install` puts them where they are looked for";
+    let program = shim::program();
+    let in_path = |name: &Path| {
+        let path = env::var_os("PATH").unwrap_or_default();
+        env::split_paths(&path)
+            .map(|dir| dir.join(name))
+            .find(|path| path.exists())
+    };
+    let found = if program.is_absolute() {
+        Some(program)
+    } else {
+        in_path(&program)
+    };
+    let Some(shim) = found else {
+        return finding(
+            CHECK,
+            Verdict::Failure,
+            "there is no containerd-shim-husk-v2",
+            REMEDY,
+        );
+    };
+    let lib = shim
+        .parent()
+        .and_then(Path::parent)
+        .map(|prefix| prefix.join("lib/husk"));
+    let lib = lib.unwrap_or_else(|| PathBuf::from("/usr/lib/husk"));
+    let missing: Vec<&str> = ["husk-vmm", "vmlinux", "initramfs.cpio"]
+        .into_iter()
+        .filter(|name| !lib.join(name).exists())
+        .collect();
+    match missing.is_empty() {
+        true => finding(
+            CHECK,
+            Verdict::Ok,
+            format!("{} and {}", shim.display(), lib.display()),
+            "",
+        ),
+        // /etc/husk/config.toml may name others.
+        false => finding(
+            CHECK,
+            Verdict::Warning,
+            format!("{} has no {}", lib.display(), missing.join(", ")),
+            REMEDY,
+        ),
+    }
+}
+
+fn plugins() -> Finding {
+    let missing = network::missing_plugins();
+    match missing.is_empty() {
+        true => finding("CNI plugins", Verdict::Ok, "there", ""),
+        false => finding(
+            "CNI plugins",
+            Verdict::Warning,
+            format!(
+                "there is no {}: husk run wants --network none",
+                missing.join(", ")
+            ),
+            "install containernetworking-plugins",
+        ),
+    }
+}
+
+fn certificates() -> Finding {
+    let count = rustls_native_certs::load_native_certs().certs.len();
+    match count {
+        0 => finding(
+            "certificates",
+            Verdict::Warning,
+            "the host has none: registries are checked against Mozilla's of husk's build",
+            "install ca-certificates",
+        ),
+        count => finding(
+            "certificates",
+            Verdict::Ok,
+            format!("{count} of the host's"),
+            "",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        let root = dir.path().to_owned();
+        (dir, Host { root })
+    }
+
+    #[test]
+    fn a_host_that_has_all_is_well() {
+        let modules = "kernel/net/sched/sch_ingress.ko.xz:\nkernel/net/sched/cls_u32.ko.xz:\nkernel/net/sched/act_mirred.ko:\nkernel/fs/overlayfs/overlay.ko:\n";
+        let (_dir, host) = host(&[
+            ("dev/kvm", ""),
+            ("dev/net/tun", ""),
+            ("dev/vhost-net", ""),
+            ("proc/cpuinfo", "processor : 0\nflags\t\t: fpu svm npt\n"),
+            ("proc/sys/kernel/osrelease", "6.12.3-amd64\n"),
+            ("proc/filesystems", "nodev\ttmpfs\n\text4\n"),
+            ("sys/fs/cgroup/cgroup.controllers", "cpu"),
+            ("lib/modules/6.12.3-amd64/modules.dep", modules),
+            (
+                "etc/containerd/config.toml",
+                "runtime_type = 'io.containerd.husk.v2'",
+            ),
+        ]);
+        for finding in [
+            host.kvm(),
+            host.kernel(),
+            host.cgroups(),
+            host.overlay(),
+            host.tun(),
+            host.vhost(),
+            host.traffic(),
+            host.containerd(),
+        ] {
+            assert_eq!(finding.verdict, Verdict::Ok, "{finding:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_told_with_a_remedy() {
+        let (_dir, bare) = host(&[("proc/sys/kernel/osrelease", "5.10.0-9-amd64\n")]);
+        for (finding, verdict) in [
+            (bare.kvm(), Verdict::Failure),
+            (bare.kernel(), Verdict::Failure),
+            (bare.cgroups(), Verdict::Failure),
+            (bare.overlay(), Verdict::Failure),
+            (bare.tun(), Verdict::Warning),
+            (bare.vhost(), Verdict::Warning),
+            (bare.traffic(), Verdict::Warning),
+        ] {
+            assert_eq!(finding.verdict, verdict, "{finding:?}");
+            assert!(!finding.remedy.is_empty());
+        }
+        let (_dir, pvm) = host(&[
+            ("dev/kvm", ""),
+            ("sys/module/kvm_pvm/x", ""),
+            ("proc/cpuinfo", "flags : svm\n"),
+        ]);
+        assert!(pvm.kvm().found.contains("kvm_pvm"));
+        let (_dir, plain) = host(&[("dev/kvm", ""), ("proc/cpuinfo", "flags : fpu\n")]);
+        assert!(plain.kvm().found.contains("neither"));
+    }
+}
