@@ -37,10 +37,10 @@ use serde_json::json;
 /// Bytes of the file that makes the upper layer long.
 const LONG: usize = 3 << 20;
 
-/// Short, as nothing here is far away.
+/// Short, as nothing here is far away, but longer than a busy machine takes to answer.
 const PATIENCE: Patience = Patience {
     connect: Duration::from_secs(5),
-    idle: Duration::from_secs(2),
+    idle: Duration::from_secs(6),
     answer: Duration::from_secs(20),
     attempts: 3,
     pause: Duration::from_millis(10),
