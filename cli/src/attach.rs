@@ -101,7 +101,7 @@ pub(crate) async fn attach(stream: UnixStream, wanted: Wanted) -> Result<Outcome
 }
 
 /// At once, as its writer meant it: a prompt has no end of line.
-fn show(to: &mut impl io::Write, data: &[u8]) -> io::Result<()> {
+pub(crate) fn show(to: &mut impl io::Write, data: &[u8]) -> io::Result<()> {
     to.write_all(data)?;
     to.flush()
 }

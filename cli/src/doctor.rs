@@ -212,31 +212,37 @@ impl Host {
     }
 
     fn tun(&self) -> Finding {
-        match self.path("dev/net/tun").exists() {
-            true => finding("network devices", Verdict::Ok, "/dev/net/tun", ""),
-            false => finding(
-                "network devices",
-                Verdict::Warning,
-                "there is no /dev/net/tun: containers have no network",
-                "load the module tun",
-            ),
-        }
+        self.device(
+            "network devices",
+            "dev/net/tun",
+            "/dev/net/tun",
+            "there is no /dev/net/tun: containers have no network",
+            "load the module tun",
+        )
     }
 
     fn vhost(&self) -> Finding {
-        match self.path("dev/vhost-net").exists() {
-            true => finding(
-                "packets",
-                Verdict::Ok,
-                "carried by the kernel (/dev/vhost-net)",
-                "",
-            ),
-            false => finding(
-                "packets",
-                Verdict::Warning,
-                "there is no /dev/vhost-net: the VMM carries them, more slowly",
-                "load the module vhost_net",
-            ),
+        self.device(
+            "packets",
+            "dev/vhost-net",
+            "carried by the kernel (/dev/vhost-net)",
+            "there is no /dev/vhost-net: the VMM carries them, more slowly",
+            "load the module vhost_net",
+        )
+    }
+
+    /// A device without which something is slower, or not to be had.
+    fn device(
+        &self,
+        check: &'static str,
+        path: &str,
+        there: &str,
+        missing: &str,
+        remedy: &'static str,
+    ) -> Finding {
+        match self.path(path).exists() {
+            true => finding(check, Verdict::Ok, there, ""),
+            false => finding(check, Verdict::Warning, missing, remedy),
         }
     }
 

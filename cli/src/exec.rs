@@ -22,6 +22,7 @@ use tokio::{
 
 use crate::{
     args,
+    attach::show,
     command::Code,
     container::{Container, State},
     files,
@@ -280,11 +281,6 @@ async fn output(mut pipe: pipe::Receiver, is_error: bool) {
             return;
         }
     }
-}
-
-fn show(to: &mut impl io::Write, data: &[u8]) -> io::Result<()> {
-    to.write_all(data)?;
-    to.flush()
 }
 
 async fn input(mut pipe: pipe::Sender, tasks: TaskClient, container: String, id: String) {
