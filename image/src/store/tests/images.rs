@@ -172,36 +172,22 @@ fn what_no_name_leads_to_goes() {
     assert_eq!(place.count("layers"), 2);
 }
 
+/// No container stands on anything.
+fn sweep(place: &Place) -> Option<Swept> {
+    let kept = || Ok::<_, StoreError>(BTreeSet::new());
+    place.store.sweep(kept).unwrap()
+}
+
 #[test]
 fn nothing_goes_while_somebody_adds() {
     let place = Place::new();
     place.add(b"blob");
     let (a, b) = (place.store.begin().unwrap(), place.store.begin().unwrap());
-    assert_eq!(
-        place
-            .store
-            .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
-            .unwrap(),
-        None
-    );
+    assert_eq!(sweep(&place), None);
     drop(a);
-    assert_eq!(
-        place
-            .store
-            .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
-            .unwrap(),
-        None
-    );
+    assert_eq!(sweep(&place), None);
     drop(b);
-    assert_eq!(
-        place
-            .store
-            .sweep(|| Ok::<_, StoreError>(BTreeSet::new()))
-            .unwrap()
-            .unwrap()
-            .blobs,
-        1
-    );
+    assert_eq!(sweep(&place).unwrap().blobs, 1);
     // Nor where one cannot know what is wanted.
     place.add(b"blob");
     let image = place.image("one", &[]);
