@@ -142,6 +142,12 @@ fn propagation(option: &str) -> Option<MsFlags> {
     })
 }
 
+/// What every mount has, whatever is asked for. Nobody on the host opens a device or runs a program of a container's; what the container
+/// may do with them is for the guest to say, whose mounts do not see these flags.
+const LOCKED: MsFlags = MsFlags::MS_NOSUID
+    .union(MsFlags::MS_NODEV)
+    .union(MsFlags::MS_NOEXEC);
+
 fn parse(request: &MountRequest) -> Result<Options, MountError> {
     let mut options = Options {
         flags: MsFlags::empty(),
@@ -190,7 +196,8 @@ fn parse(request: &MountRequest) -> Result<Options, MountError> {
 /// [`MountError`] naming source and target.
 pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
     let target = below(base, &request.target)?;
-    let options = parse(request)?;
+    let mut options = parse(request)?;
+    options.flags |= LOCKED;
     let refused = |reason: io::Error| MountError::Refused {
         kind: request.kind.clone(),
         source_path: request.source.clone(),

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 
+use crate::jail;
 use crate::parts::{Inherited, Parts};
 use crate::rights::{self, Received};
 use crate::sentence;
@@ -197,7 +198,8 @@ fn launch(
 }
 
 fn build(config: VmConfig, fds: &mut Inherited, started: u64) -> Result<Vm, String> {
-    let parts = Parts::inherit(config, fds).map_err(|e| sentence(&e))?;
+    let mut parts = Parts::inherit(config, fds).map_err(|e| sentence(&e))?;
+    jail::enter(&mut parts.shares).map_err(|e| sentence(&e))?;
     Vm::launch(parts, started).map_err(|e| sentence(&e))
 }
 

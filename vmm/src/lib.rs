@@ -1,7 +1,7 @@
 //! husk's virtual machine monitor: one process a pod.
 //!
 //! `kvm` and `vcpu` run the guest, `memory` and `boot` prepare it (PVH entry, ACPI tables), `virtio` holds the
-//! transport and one module a device, `control` is the shim's channel. A guest is hostile: whatever it supplies
+//! transport and one module a device, `control` is the shim's channel, `jail` what the process gives up before the guest runs. A guest is hostile: whatever it supplies
 //! is bounded before it is used, and the types say whether a value has been checked.
 
 pub mod boot;
@@ -12,11 +12,13 @@ pub mod cpuid;
 pub mod devices;
 pub mod ending;
 pub mod gate;
+pub mod jail;
 pub mod kvm;
 pub mod layout;
 pub mod memory;
 pub mod parts;
 pub mod rights;
+pub mod starter;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

@@ -14,6 +14,8 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use husk_protocol::vm::{BadConfig, CachePolicy, NicConfig, VmConfig};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
+use crate::jail::root::Root;
+
 /// Everything one VM is built from.
 #[derive(Debug)]
 pub struct Parts {
@@ -53,7 +55,7 @@ pub struct Share {
     /// virtio-fs tag.
     pub tag: String,
     /// The directory.
-    pub root: OwnedFd,
+    pub root: Root,
     /// Cache policy.
     pub cache: CachePolicy,
 }
@@ -82,6 +84,9 @@ pub enum PartsError {
         /// Its value.
         fd: RawFd,
     },
+    /// Files that are known by their descriptors are opened by it.
+    #[error("cannot open /proc/self/fd, by which files are served")]
+    Proc(#[source] nix::Error),
 }
 
 /// Takes over inherited descriptors, each once.
@@ -134,7 +139,8 @@ impl Parts {
             .into_iter()
             .map(|share| {
                 Ok(Share {
-                    root: fds.take("a share's root_fd", share.root_fd)?,
+                    root: Root::outside(fds.take("a share's root_fd", share.root_fd)?)
+                        .map_err(PartsError::Proc)?,
                     tag: share.tag,
                     cache: share.cache,
                 })

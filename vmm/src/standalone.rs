@@ -12,6 +12,7 @@ use anyhow::Context as _;
 use husk_protocol::vm::{CachePolicy, NicConfig, VmExit};
 use husk_protocol::{guest_path, vm::MAX_VCPUS, vm::MIN_MEMORY_MIB};
 use husk_vmm::clock;
+use husk_vmm::jail::{privileges, root::Root};
 use husk_vmm::parts::{Parts, Share};
 use husk_vmm::virtio::net::open_tap;
 use husk_vmm::vm::Vm;
@@ -62,7 +63,7 @@ pub fn run(options: Options, started: u64) -> anyhow::Result<ExitCode> {
         None => Vec::new(),
         Some(path) => vec![Share {
             tag: guest_path::SHARE_TAG.into(),
-            root: directory(path)?,
+            root: Root::outside(directory(path)?).context("cannot open /proc/self/fd")?,
             cache: CachePolicy::Auto,
         }],
     };
@@ -93,12 +94,13 @@ pub fn run(options: Options, started: u64) -> anyhow::Result<ExitCode> {
         ),
         debug_console: options.console,
     };
+    privileges::raise_descriptor_limit()?;
+    let vhost = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/vhost-net");
     let mut vm = Vm::launch(parts, started)?;
     if let Some(tap) = tap {
-        let vhost = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/vhost-net");
         // Not every host has it, and the VM works without.
         let vhosts = vhost.into_iter().map(OwnedFd::from).collect();
         vm.attach_nic(0, tap, vhosts)?;

@@ -24,6 +24,8 @@ use crate::bus::Bus;
 use crate::clock;
 use crate::ending::{Cause, Ending};
 use crate::gate::{Gate, Next};
+use crate::jail::seccomp::Kind;
+use crate::sentence;
 
 /// Why vCPUs could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +68,16 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// For a vCPU that cannot run at all.
+    fn give_up(&self, sentence: String) {
+        self.ending.report(Cause::Failed(sentence));
+        // Nobody waits for it then.
+        let _ = self.entered.set(clock::monotonic());
+        self.gate.leave();
+    }
+}
+
 /// The running vCPUs. Dropping it stops them.
 pub struct Vcpus {
     shared: Arc<Shared>,
@@ -91,8 +103,14 @@ impl Vcpus {
         for (index, fd) in fds.into_iter().enumerate() {
             let shared = Arc::clone(&vcpus.shared);
             let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || Vcpu { index, fd }.run(&shared));
+                .name(format!("{}{index}", Kind::Vcpu.name()))
+                .spawn(move || {
+                    if let Err(error) = Kind::Vcpu.confine() {
+                        shared.give_up(sentence(&error));
+                    } else {
+                        Vcpu { index, fd }.run(&shared);
+                    }
+                });
             match thread {
                 Ok(thread) => vcpus.threads.push(thread),
                 Err(error) => {

@@ -20,10 +20,12 @@ use crate::devices::console::Console;
 use crate::devices::power::{ResetRegister, SleepRegisters};
 use crate::devices::serial::SerialPort;
 use crate::ending::{Cause, Ending};
+use crate::jail::seccomp::{self, Kind, SeccompError};
 use crate::kvm::{Host, KvmError, Machine};
 use crate::layout;
 use crate::memory::{self, MemoryError};
 use crate::parts::{Parts, Share};
+use crate::starter::{Starter, StarterError};
 use crate::vcpu::{Shared, VcpuError, Vcpus};
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::fs::{BadTag, Fs};
@@ -67,6 +69,12 @@ pub enum VmError {
     /// vCPU threads.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A thread's system calls.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
+    /// The thread that starts the others.
+    #[error(transparent)]
+    Starter(#[from] StarterError),
     /// A host resource was refused.
     #[error("cannot {what}")]
     Host {
@@ -141,6 +149,9 @@ impl Vm {
     /// The first step that failed, in words for the user.
     pub fn launch(mut parts: Parts, process_started: u64) -> Result<Self, VmError> {
         let _span = tracing::info_span!("launch", id = %parts.id).entered();
+        // From here on each thread is held to its system calls, this one last.
+        seccomp::arm();
+        let starter = Arc::new(Starter::new()?);
 
         // The machine: memory, interrupt controllers, vCPUs as after a reset.
         let ram = memory::allocate(parts.memory_mib)?;
@@ -170,7 +181,7 @@ impl Vm {
         let (pluggable, mem) = pluggable.map_err(host("make an eventfd"))?.unzip();
         let devices = virtio_devices(parts.vsock, parts.shares, balloon, nics, pluggable)?;
         let virtio_devices = devices.len();
-        let mmio = mmio_bus(&machine, devices, &memory, &ending)?;
+        let mmio = mmio_bus(&machine, devices, &memory, &ending, &starter)?;
 
         tracing::debug!("devices made");
 
@@ -191,7 +202,8 @@ impl Vm {
 
         // Off it goes.
         let shared = Shared::new(ports, mmio, Arc::clone(&ending), parts.max_vcpus);
-        let vcpus = Vcpus::start(vcpus, entry, shared)?;
+        Kind::Control.confine()?;
+        let vcpus = starter.run(move || Vcpus::start(vcpus, entry, shared))??;
         let times = LaunchTimes {
             process_started,
             vm_built,
@@ -410,6 +422,7 @@ fn mmio_bus(
     devices: Vec<Box<dyn VirtioDevice>>,
     memory: &GuestMemory,
     ending: &Arc<Ending>,
+    starter: &Arc<Starter>,
 ) -> Result<Bus, VmError> {
     let mut bus = Bus::default();
     let windows = (layout::VIRTIO_MMIO_START..).step_by(layout::VIRTIO_MMIO_SIZE as usize);
@@ -419,7 +432,8 @@ fn mmio_bus(
         .zip(layout::VIRTIO_GSI_START..)
     {
         let irq = machine.interrupt_line(gsi)?;
-        let transport = MmioTransport::new(device, memory.clone(), irq, Arc::clone(ending))?;
+        let (ending, starter) = (Arc::clone(ending), Arc::clone(starter));
+        let transport = MmioTransport::new(device, memory.clone(), irq, ending, starter)?;
         for (index, kick) in (0u32..).zip(transport.queue_kicks()) {
             machine.notify_on_write(kick, base + mmio::QUEUE_NOTIFY, index)?;
         }

@@ -6,7 +6,10 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd as _, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd as _, OwnedFd, RawFd},
+        unix::process::ExitStatusExt as _,
+    },
     path::PathBuf,
     process::{ExitStatus, Stdio},
     sync::Arc,
@@ -128,7 +131,7 @@ impl Driver for HuskVmm {
             ])
             .map_err(|e| VmError::Other(e.to_string()))?;
         let child = apart(|| command.spawn())
-            .map_err(host("make a network namespace for the VMM"))?
+            .map_err(host("make a network and a PID namespace for the VMM"))?
             .map_err(|source| VmError::File {
                 what: "VMM",
                 path: self.vmm.clone(),
@@ -148,16 +151,17 @@ impl Driver for HuskVmm {
     }
 }
 
-/// Does something in a new network namespace, for a process that is started there. The VMM has no business on the host's network, and
-/// an engine that goes to a task's network by its pid, as Docker does, must not come upon the host's.
+/// Does something in a new network namespace and beside a new PID namespace, for a process that is started there. The VMM has no
+/// business on the host's network, nor with its processes, and an engine that goes to a task's network by its pid, as Docker does, must
+/// not come upon the host's. The VMM cannot do this itself: only a new process is in a new PID namespace.
 fn apart<T: Send>(start: impl FnOnce() -> T + Send) -> io::Result<T> {
     let runtime = Handle::current();
     thread::scope(|scope| {
         // A thread of its own: the shim's stay where they are.
         let inside = thread::Builder::new()
-            .name("netns".into())
+            .name("apart".into())
             .spawn_scoped(scope, || {
-                unshare(CloneFlags::CLONE_NEWNET)?;
+                unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWPID)?;
                 let _runtime = runtime.enter();
                 Ok(start())
             })?;
@@ -262,6 +266,9 @@ impl HuskVmm {
 /// How the process ended, for a VMM that could not say so itself. Where it gave up on its own, its last word is the reason.
 fn describe(status: &io::Result<ExitStatus>, last_word: Option<String>) -> String {
     match (status, last_word) {
+        (Ok(status), _) if status.signal() == Some(libc::SIGSYS) => format!(
+            "husk-vmm ended ({status}): it made a system call that its jail forbids, which the kernel's log (dmesg, audit type 1326) names"
+        ),
         (Ok(status), Some(word)) if status.code().is_some_and(|code| code != 0) => {
             format!("husk-vmm ended ({status}): {word}")
         }
@@ -415,18 +422,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_vmm_is_not_on_the_hosts_network() {
-        let link = |path| std::fs::read_link(path).unwrap();
-        let own = link("/proc/self/ns/net");
-        let mut command = Command::new("readlink");
-        command.arg("/proc/self/ns/net").stdout(Stdio::piped());
-        let child = apart(|| command.spawn()).unwrap().unwrap();
-        let output = child.wait_with_output().await.unwrap();
-        let its = String::from_utf8(output.stdout).unwrap();
-        assert!(its.starts_with("net:["), "{its}");
-        assert_ne!(its.trim(), own.to_str().unwrap());
-        assert_eq!(link("/proc/self/ns/net"), own);
-        assert_eq!(link("/proc/thread-self/ns/net"), own);
+    async fn a_vmm_is_not_on_the_hosts_network_nor_among_its_processes() {
+        let link = |path: String| std::fs::read_link(path).unwrap();
+        for (namespace, childs) in [("net", "net"), ("pid", "pid_for_children")] {
+            let own = link(format!("/proc/self/ns/{namespace}"));
+            let mut command = Command::new("readlink");
+            command
+                .arg(format!("/proc/self/ns/{namespace}"))
+                .stdout(Stdio::piped());
+            let child = apart(|| command.spawn()).unwrap().unwrap();
+            let output = child.wait_with_output().await.unwrap();
+            let its = String::from_utf8(output.stdout).unwrap();
+            assert!(its.starts_with(&format!("{namespace}:[")), "{its}");
+            assert_ne!(its.trim(), own.to_str().unwrap());
+            for whose in ["self", "thread-self"] {
+                assert_eq!(link(format!("/proc/{whose}/ns/{childs}")), own);
+            }
+        }
     }
 
     /// How a shell that stands in for the VMM ended, in the shim's words.
@@ -475,5 +487,11 @@ mod tests {
         let reason = end_of("(sleep 0.3; echo no such device >&2) & exit 1", false).await;
         assert!(reason.contains("exit status: 1"), "{reason}");
         assert!(reason.contains("no such device"), "{reason}");
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_broke_out_of_its_calls_is_told_so() {
+        let reason = end_of("kill -SYS $$", false).await;
+        assert!(reason.contains("its jail forbids"), "{reason}");
     }
 }

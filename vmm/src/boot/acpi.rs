@@ -4,9 +4,6 @@
 //! MADT lists one local APIC a vCPU and the I/O APIC; the DSDT lists the virtio-mmio windows, the serial port and
 //! the VM generation id. Tables lie one after the other from [`layout::ACPI_START`], the RSDP first.
 
-use std::fs::File;
-use std::io::Read as _;
-
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -16,6 +13,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
+use rustix::rand::GetRandomFlags;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout;
@@ -112,9 +110,9 @@ pub(super) fn write(
 /// A fresh VM generation id: never seen before, so that clones of one VM can tell themselves apart.
 fn generation_id() -> Result<[u8; 16], AcpiError> {
     let mut id = [0; 16];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut id))
-        .map_err(AcpiError::GenerationId)?;
+    // 16 bytes come whole (getrandom(2)).
+    rustix::rand::getrandom(&mut id[..], GetRandomFlags::empty())
+        .map_err(|e| AcpiError::GenerationId(e.into()))?;
     Ok(id)
 }
 

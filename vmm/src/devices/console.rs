@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 
 use husk_protocol::vm::CONSOLE_TAIL_LINES;
 
+use crate::jail::seccomp::Kind;
+use crate::sentence;
+
 /// Characters of a line that the tail keeps: all lines, escaped as JSON, fit one control packet several times over.
 const LINE_MAX: usize = 400;
 /// Output waiting for a slow reader.
@@ -108,8 +111,12 @@ impl Console {
                 let forward = Arc::new(Forward::default());
                 let shared = Arc::clone(&forward);
                 std::thread::Builder::new()
-                    .name("console".into())
-                    .spawn(move || shared.run(&mut File::from(fd)))?;
+                    .name(Kind::Console.name().into())
+                    .spawn(move || match Kind::Console.confine() {
+                        Ok(()) => shared.run(&mut File::from(fd)),
+                        // The console's last lines are kept all the same.
+                        Err(error) => tracing::error!("{}", sentence(&error)),
+                    })?;
                 Some(forward)
             }
         };

@@ -21,6 +21,7 @@ use self::discard::discard;
 use super::queue::{Chain, DeviceQueue};
 use super::worker::{Fault, Handler, Poll, Worker, drain};
 use super::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use crate::jail::seccomp::Kind;
 
 const DEVICE_ID: u32 = 5;
 
@@ -162,7 +163,7 @@ impl VirtioDevice for Balloon {
             memory: activation.memory,
             queues,
         };
-        self.worker = Some(Worker::spawn("balloon", &interrupt, vec![handler])?);
+        self.worker = Some(Worker::spawn(Kind::Balloon, &interrupt, vec![handler])?);
         self.shared.set_interrupt(Some(interrupt));
         Ok(())
     }

@@ -27,7 +27,6 @@ mod pool;
 mod request;
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +37,7 @@ use virtiofsd::server::Server;
 use self::pool::{Shared, threads};
 use super::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice, read_bytes};
+use crate::jail::{privileges, root::Root, seccomp::Kind};
 
 const DEVICE_ID: u32 = 26;
 
@@ -61,7 +61,7 @@ const FOREVER: Duration = Duration::from_secs(24 * 60 * 60);
 /// A shared directory.
 pub struct Fs {
     config: [u8; TAG_LEN + 4],
-    root: OwnedFd,
+    root: Root,
     cache: CachePolicy,
     /// How many share the process's fds, this one included.
     shares: u64,
@@ -73,12 +73,7 @@ impl Fs {
     ///
     /// # Errors
     /// [`BadTag`] when the tag does not fit.
-    pub fn new(
-        tag: &str,
-        root: OwnedFd,
-        cache: CachePolicy,
-        shares: usize,
-    ) -> Result<Self, BadTag> {
+    pub fn new(tag: &str, root: Root, cache: CachePolicy, shares: usize) -> Result<Self, BadTag> {
         let mut config = [0; TAG_LEN + 4];
         let (name, queues) = config.split_at_mut(TAG_LEN);
         match name.get_mut(..tag.len()) {
@@ -96,7 +91,7 @@ impl Fs {
     }
 
     fn server(&self) -> io::Result<Server<PassthroughFs>> {
-        let limit = virtiofsd::limits::setup_rlimit_nofile(None).map_err(io::Error::other)?;
+        let limit = privileges::descriptor_limit();
         // What differs from one policy to the next: how long, which mode, and whether listing looks up as well.
         let (timeout, cache_policy) = match self.cache {
             CachePolicy::Never => (Duration::ZERO, passthrough::CachePolicy::Never),
@@ -104,8 +99,8 @@ impl Fs {
             CachePolicy::Always => (FOREVER, passthrough::CachePolicy::Always),
         };
         let config = passthrough::Config {
-            // The final dot makes the kernel follow the link: the crate opens its root without.
-            root_dir: format!("/proc/self/fd/{}/.", self.root.as_raw_fd()),
+            root_dir: self.root.path().to_owned(),
+            proc_sfd_rawfd: Some(self.root.descriptors().try_clone_to_owned()?.into()),
             entry_timeout: timeout,
             attr_timeout: timeout,
             cache_policy,
@@ -154,7 +149,7 @@ impl VirtioDevice for Fs {
         let threads = threads(&Arc::new(shared)).map_err(ActivateError::host(
             "mapping a file server thread's private pages",
         ))?;
-        self.worker = Some(Worker::spawn("fs", &interrupt, threads)?);
+        self.worker = Some(Worker::spawn(Kind::Fs, &interrupt, threads)?);
         Ok(())
     }
 

@@ -21,6 +21,7 @@ pub use self::region::Region;
 use super::queue::{Chain, DeviceQueue};
 use super::worker::{Fault, Handler, Poll, Worker, drain};
 use super::{ActivateError, Activation, GuestMemory, Interrupt, VirtioDevice};
+use crate::jail::seccomp::Kind;
 
 const DEVICE_ID: u32 = 24;
 const QUEUE_SIZE: u16 = 64;
@@ -182,7 +183,7 @@ impl VirtioDevice for Mem {
             queue: DeviceQueue::new(queue, 0, MAX_BYTES, interrupt.clone()),
             shared: Arc::clone(&self.shared),
         };
-        self.worker = Some(Worker::spawn("mem", &interrupt, vec![handler])?);
+        self.worker = Some(Worker::spawn(Kind::Mem, &interrupt, vec![handler])?);
         *lock(&self.shared.interrupt) = Some(interrupt);
         Ok(())
     }

@@ -32,6 +32,7 @@ use super::{
 };
 use crate::ending::Ending;
 use crate::sentence;
+use crate::starter::{Starter, StarterError};
 
 /// Size of a device's register window, in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -118,6 +119,8 @@ impl Phase {
 /// One device behind its registers.
 pub struct MmioTransport {
     device: Box<dyn VirtioDevice>,
+    /// Where the device is started and stopped.
+    starter: Arc<Starter>,
     memory: GuestMemory,
     interrupt: Arc<MmioInterrupt>,
     phase: Phase,
@@ -132,7 +135,7 @@ pub struct MmioTransport {
 
 impl MmioTransport {
     /// Puts `device` behind registers; `irq` becomes readable for each interrupt (an edge), and what the host refuses the device
-    /// ends the VM through `ending`.
+    /// ends the VM through `ending`. The device starts and stops on the thread of `starter`.
     ///
     /// # Errors
     /// [`NewTransportError`] when an eventfd is refused, or the device names an impossible queue size.
@@ -141,6 +144,7 @@ impl MmioTransport {
         memory: GuestMemory,
         irq: EventFd,
         ending: Arc<Ending>,
+        starter: Arc<Starter>,
     ) -> Result<Self, NewTransportError> {
         let sizes = device.queue_max_sizes();
         let queues = sizes
@@ -153,6 +157,7 @@ impl MmioTransport {
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             device,
+            starter,
             memory,
             interrupt: Arc::new(MmioInterrupt::new(irq, ending)),
             phase: Phase::Reset,
@@ -312,7 +317,7 @@ impl MmioTransport {
         self.phase = Phase::Running;
         let outcome = self
             .activation()
-            .and_then(|activation| self.device.activate(activation).map_err(StartError::Device));
+            .and_then(|activation| Ok(self.elsewhere(|device| device.activate(activation))??));
         let Err(error) = outcome else {
             return;
         };
@@ -370,8 +375,27 @@ impl MmioTransport {
         (inside && active.is_valid(&*memory)).then_some(active)
     }
 
+    /// Does something with the device on the starter's thread.
+    fn elsewhere<T: Send + 'static>(
+        &mut self,
+        act: impl FnOnce(&mut dyn VirtioDevice) -> T + Send + 'static,
+    ) -> Result<T, StarterError> {
+        let mut device = std::mem::replace(&mut self.device, Box::new(Lost));
+        let (device, result) = self.starter.run(move || {
+            let result = act(&mut *device);
+            (device, result)
+        })?;
+        self.device = device;
+        Ok(result)
+    }
+
     fn reset(&mut self) {
-        self.device.reset();
+        if let Err(error) = self.elsewhere(|device| device.reset()) {
+            self.interrupt.host_failed(format!(
+                "a virtio device was not reset: {}",
+                sentence(&error)
+            ));
+        }
         self.queues.iter_mut().for_each(Queue::reset);
         self.kicks.iter().for_each(drain);
         self.driver_features = 0;
@@ -381,6 +405,31 @@ impl MmioTransport {
         self.interrupt.reset();
         self.phase = Phase::Reset;
     }
+}
+
+/// What is left of a device whose start or reset has panicked: the VM ends.
+struct Lost;
+
+impl VirtioDevice for Lost {
+    fn device_id(&self) -> u32 {
+        0
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {}
 }
 
 /// Why a device could not be put behind registers.
@@ -403,6 +452,8 @@ enum StartError {
     Clone(#[source] std::io::Error),
     #[error(transparent)]
     Device(#[from] ActivateError),
+    #[error(transparent)]
+    Starter(#[from] StarterError),
 }
 
 impl StartError {
@@ -410,7 +461,7 @@ impl StartError {
     fn is_hosts(&self) -> bool {
         match self {
             Self::Queue(_) | Self::Device(ActivateError::MissingQueue(_)) => false,
-            Self::Clone(_) | Self::Device(ActivateError::Host { .. }) => true,
+            Self::Clone(_) | Self::Starter(_) | Self::Device(ActivateError::Host { .. }) => true,
         }
     }
 }

@@ -41,6 +41,7 @@ use self::tx::Tx;
 pub use self::vhost::{Vhost, VhostError};
 use super::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice, read_bytes};
+use crate::jail::seccomp::Kind;
 
 const DEVICE_ID: u32 = 1;
 
@@ -187,7 +188,7 @@ impl VirtioDevice for Net {
                 what: "setting the tap up for the guest's driver".into(),
                 source: std::io::Error::other(error),
             })?;
-        match Worker::spawn("net", &interrupt, pairs) {
+        match Worker::spawn(Kind::Net, &interrupt, pairs) {
             Ok(worker) => self.worker = Some(worker),
             Err(error) => {
                 self.link.driver_down(self.mac);

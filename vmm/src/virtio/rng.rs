@@ -6,9 +6,12 @@ use std::os::fd::AsRawFd;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
+use rustix::rand::GetRandomFlags;
+
 use super::queue::{Chain, DeviceQueue};
 use super::worker::{Fault, Handler, Poll, Worker, drain};
 use super::{ActivateError, Activation, GuestMemory, VirtioDevice};
+use crate::jail::seccomp::Kind;
 
 const DEVICE_ID: u32 = 4;
 const QUEUE_SIZE: u16 = 64;
@@ -49,7 +52,7 @@ impl VirtioDevice for Rng {
             memory: activation.memory,
             queue: DeviceQueue::new(queue, 0, u32::MAX, interrupt.clone()),
         };
-        self.worker = Some(Worker::spawn("rng", &interrupt, vec![handler])?);
+        self.worker = Some(Worker::spawn(Kind::Rng, &interrupt, vec![handler])?);
         Ok(())
     }
 
@@ -94,7 +97,7 @@ fn fill(chain: &Chain<'_>) -> io::Result<u32> {
     let mut written = 0;
     while written < bytes.len() {
         let rest = bytes.get_mut(written..).unwrap_or_default();
-        written += getrandom(rest)?;
+        written += rustix::rand::getrandom(rest, GetRandomFlags::empty())?;
     }
     // Cannot be short: no more than the chain's length was asked for.
     chain
@@ -102,19 +105,6 @@ fn fill(chain: &Chain<'_>) -> io::Result<u32> {
         .write_at(0, bytes)
         .map_err(io::Error::other)?;
     Ok(u32::try_from(wanted).unwrap_or(0))
-}
-
-#[allow(unsafe_code, reason = "getrandom(2) has no safe wrapper in our crates")]
-fn getrandom(data: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: the kernel writes at most `data.len()` bytes to `data`, which is borrowed exclusively.
-    let count = unsafe { libc::getrandom(data.as_mut_ptr().cast(), data.len(), 0) };
-    match usize::try_from(count) {
-        Ok(count) => Ok(count),
-        Err(_) => match io::Error::last_os_error() {
-            error if error.kind() == io::ErrorKind::Interrupted => Ok(0),
-            error => Err(error),
-        },
-    }
 }
 
 #[cfg(test)]

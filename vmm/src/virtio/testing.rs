@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::mmio::MmioTransport;
 use super::{GuestMemory, VirtioDevice};
 use crate::ending::Ending;
+use crate::starter::Starter;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -115,6 +116,7 @@ impl Guest {
             GuestMemory::new(memory.clone()),
             irq.try_clone().unwrap(),
             Arc::clone(&ending),
+            Arc::new(Starter::new().unwrap()),
         )
         .unwrap();
         Self {

@@ -23,6 +23,7 @@ use std::os::fd::OwnedFd;
 use self::muxer::Muxer;
 use super::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice, read_bytes};
+use crate::jail::seccomp::Kind;
 
 const DEVICE_ID: u32 = 19;
 
@@ -70,7 +71,7 @@ impl VirtioDevice for Vsock {
         let host = ActivateError::host("duplicating the vsock bridge");
         let bridge = self.bridge.try_clone().map_err(host)?;
         let muxer = Muxer::new(self.guest_cid, bridge, activation)?;
-        self.worker = Some(Worker::spawn("vsock", &interrupt, vec![muxer])?);
+        self.worker = Some(Worker::spawn(Kind::Vsock, &interrupt, vec![muxer])?);
         Ok(())
     }
 

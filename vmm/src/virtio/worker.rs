@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::QueueError;
 use super::{ActivateError, Interrupt, may_log_about_guest};
+use crate::jail::seccomp::{Kind, SeccompError};
 use crate::sentence;
 
 /// Device threads call neither deep nor recursively; untouched stack costs nothing but address space.
@@ -40,6 +41,9 @@ pub enum Fault {
         #[source]
         source: io::Error,
     },
+    /// The thread has no filter.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
 }
 
 /// What a thread waits for.
@@ -114,15 +118,16 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts one thread for each handler, called `name` (at most 15 bytes are shown).
+    /// Starts one thread for each handler, all of this kind.
     ///
     /// # Errors
     /// [`ActivateError::Host`]; no thread is left running then.
     pub fn spawn<H: Handler>(
-        name: &str,
+        kind: Kind,
         interrupt: &Arc<dyn Interrupt>,
         handlers: Vec<H>,
     ) -> Result<Self, ActivateError> {
+        let name = kind.name();
         let failed = |source| ActivateError::Host {
             what: format!("starting the {name} thread"),
             source,
@@ -138,13 +143,14 @@ impl Worker {
             poll.add(worker.stop.as_raw_fd(), EventSet::IN, STOP)
                 .map_err(failed)?;
             handler.register(&poll).map_err(failed)?;
-            let (device, interrupt) = (name.to_owned(), Arc::clone(interrupt));
+            let interrupt = Arc::clone(interrupt);
             let thread = std::thread::Builder::new()
                 .name(name.to_owned())
                 .stack_size(STACK_SIZE)
                 .spawn(move || {
-                    if let Err(fault) = run(&mut handler, &poll) {
-                        tell(&fault, &device, &*interrupt);
+                    let confined = kind.confine().map_err(Fault::Seccomp);
+                    if let Err(fault) = confined.and_then(|()| run(&mut handler, &poll)) {
+                        tell(&fault, name, &*interrupt);
                     }
                 })
                 .map_err(failed)?;
@@ -175,7 +181,7 @@ fn tell(fault: &Fault, device: &str, interrupt: &dyn Interrupt) {
             }
             interrupt.signal_failed();
         }
-        Fault::Host { .. } => {
+        Fault::Host { .. } | Fault::Seccomp(_) => {
             tracing::error!(device, error, "device stopped");
             let cause = sentence(error);
             interrupt.host_failed(format!("the {device} device stopped: {cause}"));
@@ -257,7 +263,7 @@ mod tests {
     fn heard(fault: fn() -> Fault) -> String {
         let (said, heard) = channel();
         let interrupt: Arc<dyn Interrupt> = Arc::new(Ear(said));
-        let worker = Worker::spawn("test", &interrupt, vec![Doomed(fault)]).unwrap();
+        let worker = Worker::spawn(Kind::Rng, &interrupt, vec![Doomed(fault)]).unwrap();
         let first = heard.recv().unwrap();
         drop(worker);
         assert!(heard.try_recv().is_err());
@@ -280,7 +286,7 @@ mod tests {
         };
         assert_eq!(
             heard(hosts),
-            "the test device stopped: taking a walk: it rains"
+            "the rng device stopped: taking a walk: it rains"
         );
     }
 }

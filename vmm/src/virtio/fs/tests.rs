@@ -1,7 +1,7 @@
 //! FUSE requests from a driver to a real directory. The structures are those of <linux/fuse.h>, protocol 7.
 
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Barrier;
@@ -73,7 +73,7 @@ fn name(name: &str) -> Vec<u8> {
 impl Client {
     fn mount(root: &Path, cache: CachePolicy) -> Self {
         let fd = OwnedFd::from(fs::File::open(root).unwrap());
-        let device = Fs::new("share", fd, cache, 1).unwrap();
+        let device = Fs::new("share", Root::outside(fd).unwrap(), cache, 1).unwrap();
         let mut client = Self {
             guest: Guest::start(Box::new(device), 128),
             unique: 0,
@@ -172,7 +172,7 @@ fn the_tag_and_queues_are_in_the_configuration() {
     client.guest.transport.read(0x100, &mut config);
     assert_eq!(&config, b"share\0\0\0");
     assert_eq!(client.guest.read32(0x124), 1);
-    let fd = || OwnedFd::from(fs::File::open("/").unwrap());
+    let fd = || Root::outside(fs::File::open("/").unwrap().into()).unwrap();
     assert!(Fs::new("", fd(), CachePolicy::Auto, 1).is_err());
     assert!(Fs::new(&"x".repeat(37), fd(), CachePolicy::Auto, 1).is_err());
     assert!(Fs::new(&"x".repeat(36), fd(), CachePolicy::Auto, 1).is_ok());

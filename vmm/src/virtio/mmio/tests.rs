@@ -61,7 +61,8 @@ impl VirtioDevice for Probe {
 fn transport(probe: &Probe) -> MmioTransport {
     let memory = GuestMemory::new(memory());
     let ending = Arc::new(Ending::new().unwrap());
-    MmioTransport::new(Box::new(probe.clone()), memory, eventfd(), ending).unwrap()
+    let starter = Arc::new(Starter::new().unwrap());
+    MmioTransport::new(Box::new(probe.clone()), memory, eventfd(), ending, starter).unwrap()
 }
 
 fn read(transport: &mut MmioTransport, offset: u64) -> u32 {

@@ -243,7 +243,11 @@ impl VirtioDevice for Bare {
             Tx::new(queues.next().unwrap(), 1, Arc::clone(&interrupt)),
             None,
         );
-        self.worker = Some(Worker::spawn("net", &interrupt, vec![pair])?);
+        self.worker = Some(Worker::spawn(
+            crate::jail::seccomp::Kind::Net,
+            &interrupt,
+            vec![pair],
+        )?);
         Ok(())
     }
 

@@ -1,0 +1,70 @@
+//! The jail: what this process still has when its guest begins to run.
+//!
+//! A guest is hostile, and one bug of the devices may hand this process to it. What it gets then is a process that sees its pod's files
+//! and nothing else: a root of its own with only the share below it ([`root`]), namespaces of its own, the file server's capabilities
+//! and no way to more of them ([`privileges`]), the share once more where the host has [`landlock`], and system calls by lists
+//! ([`seccomp`]). Whatever step fails, the VM does not start.
+//!
+//! The shim has its part: it starts this process in PID and network namespaces of its own, with the descriptors it may use and nothing in
+//! its environment, and every mount of the share with `nosuid`, `nodev` and `noexec`: nobody here opens a device or runs a program.
+//!
+//! What a debugger has with `husk-vmm run` is not jailed, as its files are the host's; its threads have their filters.
+
+pub mod landlock;
+pub mod privileges;
+pub mod root;
+pub mod seccomp;
+
+use std::io;
+
+use crate::parts::Share;
+
+/// A step into the jail that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    /// Started by something else than the shim.
+    #[error(
+        "husk-vmm must be the first process of a PID namespace, and has PID {0}: the shim that started it is of another version"
+    )]
+    PidNamespace(i32),
+    /// The kernel refused a step.
+    #[error("cannot {doing}, which the VMM's jail needs")]
+    Step {
+        /// What was being done.
+        doing: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel has Landlock and refused.
+    #[error("cannot restrict the VMM by Landlock")]
+    Landlock(#[from] ::landlock::RulesetError),
+    /// Another directory than the one that was handed over.
+    #[error("the share {0} has moved while the VMM went into its jail")]
+    Moved(String),
+}
+
+impl JailError {
+    fn step<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::Step {
+            doing,
+            source: source.into(),
+        }
+    }
+}
+
+/// Goes in, with `shares`, whose directories are found inside from then on. Only while this process has one thread.
+///
+/// # Errors
+/// [`JailError`]; the process must end then.
+pub fn enter(shares: &mut [Share]) -> Result<(), JailError> {
+    match nix::unistd::getpid().as_raw() {
+        1 => {}
+        other => return Err(JailError::PidNamespace(other)),
+    }
+    privileges::raise_descriptor_limit()?;
+    root::enter(shares)?;
+    privileges::give_up()?;
+    landlock::enter(shares)?;
+    Ok(())
+}
