@@ -367,6 +367,9 @@ pub struct Stats {
 /// `husk doctor`.
 #[derive(Debug, clap::Args)]
 pub struct Doctor {
+    /// Of a running pod or container instead: the jail that its VMM is in (docs/security.md).
+    #[arg(long, value_name = "ID")]
+    pub pod: Option<String>,
     /// How to print.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub format: Format,

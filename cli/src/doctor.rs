@@ -9,12 +9,12 @@ use std::{
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::{args, args::Format, command::Code, network, shim};
+use crate::{args, args::Format, command::Code, jail, network, shim};
 
 /// How it stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Verdict {
+pub(crate) enum Verdict {
     /// As it should be.
     Ok,
     /// Something is slower, or not to be had.
@@ -26,7 +26,7 @@ enum Verdict {
 /// One thing that was looked at.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
-struct Finding {
+pub(crate) struct Finding {
     check: &'static str,
     verdict: Verdict,
     found: String,
@@ -38,10 +38,18 @@ struct Finding {
 const KERNEL: (u32, u32) = (5, 12);
 
 pub(crate) fn doctor(args: &args::Doctor) -> Result<()> {
+    let findings = match &args.pod {
+        Some(pod) => jail::check(pod)?,
+        None => of_the_host(),
+    };
+    tell(&findings, args.format)
+}
+
+fn of_the_host() -> Vec<Finding> {
     let host = Host {
         root: PathBuf::from("/"),
     };
-    let findings = [
+    vec![
         host.kvm(),
         host.kernel(),
         host.cgroups(),
@@ -53,10 +61,13 @@ pub(crate) fn doctor(args: &args::Doctor) -> Result<()> {
         plugins(),
         certificates(),
         host.containerd(),
-    ];
+    ]
+}
+
+fn tell(findings: &[Finding], format: Format) -> Result<()> {
     let mut out = io::stdout().lock();
-    for finding in &findings {
-        if args.format == Format::Json {
+    for finding in findings {
+        if format == Format::Json {
             writeln!(out, "{}", serde_json::to_string(finding)?)?;
             continue;
         }
@@ -79,7 +90,14 @@ pub(crate) fn doctor(args: &args::Doctor) -> Result<()> {
     }
 }
 
-fn finding(
+impl Finding {
+    #[cfg(test)]
+    pub(crate) fn verdict(&self) -> Verdict {
+        self.verdict
+    }
+}
+
+pub(crate) fn finding(
     check: &'static str,
     verdict: Verdict,
     found: impl Into<String>,

@@ -14,6 +14,7 @@ mod files;
 mod frame;
 mod human;
 mod images;
+mod jail;
 mod lifecycle;
 mod log;
 mod look;

@@ -1,5 +1,7 @@
 //! Containers do not see each other, nor the host.
 
+use std::process::Command;
+
 use anyhow::{Result, ensure};
 
 use crate::{Test, context::Context, husk_test, test};
@@ -9,6 +11,7 @@ pub const TESTS: &[Test] = &[
     test("files", files),
     husk_test("network", network),
     husk_test("kernel_log_and_devices", kernel_log_and_devices),
+    husk_test("the_vmms_jail", the_vmms_jail),
     test("capabilities_and_no_new_privileges", capabilities),
 ];
 
@@ -88,5 +91,55 @@ fn capabilities(suite: &Context) -> Result<()> {
     suite
         .run(&[], &["mount", "-t", "tmpfs", "none", "/tmp"])?
         .exited(1)?;
+    Ok(())
+}
+
+/// `husk doctor --pod` finds of a pod with a volume what the document promises, row by row.
+fn the_vmms_jail(suite: &Context) -> Result<()> {
+    const DOCUMENT: &str = include_str!("../../../docs/security.md");
+    let promises: Vec<(&str, &str)> = DOCUMENT
+        .lines()
+        .skip_while(|line| !line.starts_with("| check | promise |"))
+        .skip(2)
+        .take_while(|line| line.starts_with('|'))
+        .filter_map(|line| line.trim_matches(['|', ' ']).split_once(" | "))
+        .collect();
+    ensure!(promises.len() >= 9, "{promises:?}");
+    let volume = tempfile::tempdir()?;
+    let mount = format!(
+        "type=bind,src={},dst=/volume,options=rbind:rw",
+        volume.path().display()
+    );
+    let pod = suite.detached(&["--mount", &mount], &["sleep", "1000"])?;
+    // As busy as it gets: files opened, a device node made, a socket's worth of output.
+    pod.exec(&[
+        "sh",
+        "-c",
+        "echo here > /volume/file; mknod /dev/shm/n b 8 0; mknod /node b 8 0; ls -lR /etc",
+    ])?
+    .ok()?;
+    let doctor = |arguments: &[&str]| {
+        let mut command = Command::new(suite.bin.join("husk"));
+        command.arg("doctor").args(arguments).output()
+    };
+    let told = doctor(&["--pod", &pod.id, "--format", "json"])?;
+    ensure!(told.status.success(), "{told:?}");
+    let found = String::from_utf8(told.stdout)?
+        .lines()
+        .map(serde_json::from_str::<serde_json::Value>)
+        .collect::<Result<Vec<_>, _>>()?;
+    ensure!(found.len() == promises.len(), "{found:?}");
+    for (check, promise) in promises {
+        let is_kept = found.iter().any(|finding| {
+            finding["Check"] == check && finding["Found"] == promise && finding["Verdict"] == "ok"
+        });
+        ensure!(is_kept, "{check}: {promise}: {found:?}");
+    }
+    let unknown = doctor(&["--pod", "nobody"])?;
+    let words = String::from_utf8(unknown.stderr)?;
+    ensure!(
+        unknown.status.code() == Some(1) && words.contains(&pod.id),
+        "{words}"
+    );
     Ok(())
 }
