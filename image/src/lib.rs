@@ -13,4 +13,5 @@ pub mod name;
 pub mod pull;
 pub mod registry;
 pub mod store;
+mod tree;
 pub mod unpack;

@@ -8,9 +8,11 @@
 //! `.wh.NAME` becomes a character device 0:0, `.wh..wh..opq` an attribute of its directory.
 
 mod error;
+mod make;
 mod metadata;
 mod place;
 mod root;
+mod whiteout;
 
 use std::{
     collections::BTreeMap,
@@ -21,31 +23,21 @@ use std::{
 };
 
 use rustix::{
-    fs::{
-        AtFlags, FileType, Mode, OFlags, ftruncate, linkat, makedev, mkdirat, mknodat, openat,
-        symlinkat,
-    },
-    io::{Errno, pwrite},
+    fs::{Mode, fchmod, mkdirat, symlinkat},
+    io::Errno,
+    process::geteuid,
 };
 
-use crate::archive::{Archive, Entry, Extent, Kind, Time};
+use crate::archive::{Archive, Entry, Kind, Time};
 pub use error::UnpackError;
 use error::{refused, system};
+use make::COPY;
 use metadata::Metadata;
 use place::Place;
 use root::{Root, There};
+use whiteout::WHITEOUT;
 
-/// What makes a name a deletion, and not a file's (OCI image-spec, layer.md, "Whiteouts").
-const WHITEOUT: &[u8] = b".wh.";
-/// What hides all that lower layers have in a directory.
-const OPAQUE: &[u8] = b".wh..wh..opq";
-/// AUFS's own notes, which some old images have.
-const AUFS: &[u8] = b".wh..wh.";
-
-/// Bytes that a file is copied by.
-const COPY: usize = 256 << 10;
-
-/// Directories of a layer, whose times are remembered until its end; the largest images have a tenth of it.
+/// Directories of a layer, of which something is remembered until its end; the largest images have a tenth of it.
 const MAX_DIRECTORIES: usize = 1 << 20;
 
 /// Mode of directories that a layer takes for granted and no layer below has either.
@@ -57,8 +49,19 @@ pub enum Owners {
     /// Whom the layer names. For root, also one in a user namespace, whose overlayfs then has "user." attributes.
     #[default]
     Kept,
-    /// The caller, who is not root: attributes that only root may set are left out.
+    /// The caller, who is not root. Whom the layer names is in an attribute of each file and directory (`user.rootlesscontainers`, as umoci
+    /// has it), a device is an empty file, and attributes that only root may set are left out.
     Caller,
+}
+
+impl Owners {
+    /// What this process can do.
+    pub fn here() -> Self {
+        match geteuid().is_root() {
+            true => Self::Kept,
+            false => Self::Caller,
+        }
+    }
 }
 
 /// How a layer is unpacked.
@@ -93,6 +96,7 @@ pub fn unpack<R: Read>(
     options: Options<'_>,
 ) -> Result<Unpacked, UnpackError> {
     let mut unpacker = Unpacker::new(archive, into, options)?;
+    unpacker.begin()?;
     while let Some(entry) = unpacker.archive.next_entry()? {
         unpacker.entries += 1;
         unpacker.add(&entry)?;
@@ -107,12 +111,20 @@ struct Unpacker<'a, R> {
     owners: Owners,
     /// The attribute of an opaque directory.
     opaque: &'static str,
-    /// Directories' own times, set when nothing is made in them any more.
-    times: BTreeMap<Place, Time>,
+    /// What is set of directories when nothing is made in them any more, by their paths without links.
+    late: BTreeMap<Vec<u8>, Late>,
     buffer: Vec<u8>,
     entries: u64,
     bytes: u64,
     left_out: u64,
+}
+
+/// What would go again, or be in the way, while a directory is filled.
+#[derive(Debug, Clone, Copy, Default)]
+struct Late {
+    time: Option<Time>,
+    /// `None`: it is set already.
+    mode: Option<u32>,
 }
 
 impl<'a, R: Read> Unpacker<'a, R> {
@@ -122,7 +134,7 @@ impl<'a, R: Read> Unpacker<'a, R> {
         options: Options<'_>,
     ) -> Result<Self, UnpackError> {
         let open = |path: &Path| {
-            Root::open(path).map_err(|source| UnpackError::System {
+            Root::new(path).map_err(|source| UnpackError::System {
                 doing: "open the directory",
                 name: path.display().to_string(),
                 source,
@@ -142,12 +154,30 @@ impl<'a, R: Read> Unpacker<'a, R> {
             } else {
                 "trusted.overlay.opaque"
             },
-            times: BTreeMap::new(),
+            late: BTreeMap::new(),
             buffer: vec![0; COPY],
             entries: 0,
             bytes: 0,
             left_out: 0,
         })
+    }
+
+    /// The root is one of the directories that a layer may take for granted.
+    fn begin(&mut self) -> Result<(), UnpackError> {
+        let fail = |(doing, source)| UnpackError::System {
+            doing,
+            name: ".".to_owned(),
+            source,
+        };
+        let root = self.root.dir(b"").map_err(|e| fail(("find", e)))?;
+        // Somebody may have been cut off here.
+        metadata::clear_xattrs(root.as_fd())
+            .and_then(|()| metadata::unset(root.as_fd(), self.opaque))
+            .map_err(|e| fail(("clear the attributes of", e)))?;
+        let below = self.below(b"").map_err(|e| fail(("look below at", e)))?;
+        let metadata = below.unwrap_or_else(|| Metadata::of_mode(IMPLIED));
+        self.set(&metadata, root.as_fd(), c".", Kind::Directory)
+            .map_err(fail)
     }
 
     fn add(&mut self, entry: &Entry) -> Result<(), UnpackError> {
@@ -160,7 +190,9 @@ impl<'a, R: Read> Unpacker<'a, R> {
                 .root
                 .dir(b"")
                 .map_err(|source| system("find", entry, source))?;
-            return self.dress(entry, &place, root.as_fd(), c".");
+            metadata::clear_xattrs(root.as_fd())
+                .map_err(|source| system("clear the attributes of", entry, source))?;
+            return self.dress(entry, entry.kind, root.as_fd(), c".");
         };
         if let Some(hidden) = name.as_bytes().strip_prefix(WHITEOUT) {
             return self.white_out(entry, parent, name.as_bytes(), hidden);
@@ -178,13 +210,17 @@ impl<'a, R: Read> Unpacker<'a, R> {
             .map_err(fail("replace"))?;
         let is_kept = there == There::Directory && entry.kind == Kind::Directory;
         if there == There::Directory && !is_kept {
-            self.forget_below(&place);
+            self.forget(dir, name).map_err(fail("replace"))?;
         }
-        match entry.kind {
+        let mut kind = entry.kind;
+        match kind {
             Kind::Directory => {
-                if !is_kept {
-                    mkdirat(dir, name, Mode::from_raw_mode(0o700))
-                        .map_err(fail("make the directory"))?;
+                if is_kept {
+                    let known = self.root.open(dir, name).map_err(fail("find"))?;
+                    metadata::clear_xattrs(known.as_fd())
+                        .map_err(fail("clear the attributes of"))?;
+                } else {
+                    self.make_directory(entry, dir, name)?;
                 }
                 // What it takes the place of hid all that is below.
                 if matches!(there, There::Whiteout | There::Other) {
@@ -205,10 +241,23 @@ impl<'a, R: Read> Unpacker<'a, R> {
                 symlinkat(&*target, dir, name).map_err(fail("make the symbolic link"))?;
             }
             Kind::CharDevice | Kind::BlockDevice | Kind::Fifo => {
-                self.make_node(entry, dir, name)?
+                kind = self.make_node(entry, dir, name)?;
             }
         }
-        self.dress(entry, &place, dir, name)
+        self.dress(entry, kind, dir, name)
+    }
+
+    fn make_directory(
+        &self,
+        entry: &Entry,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+    ) -> Result<(), UnpackError> {
+        if self.late.len() >= MAX_DIRECTORIES {
+            let why = format!("the layer has more than {MAX_DIRECTORIES} directories");
+            return Err(refused(entry, why));
+        }
+        mkdirat(dir, name, Mode::RWXU).map_err(|source| system("make the directory", entry, source))
     }
 
     /// The directory that an entry lies in; it is made where the layer takes it for granted.
@@ -261,239 +310,115 @@ impl<'a, R: Read> Unpacker<'a, R> {
                 }
                 Err(source) => return Err(system("look above", entry, source)),
             };
-            let fail = |source| system("make the directory of", entry, source);
-            mkdirat(dir.as_fd(), name, Mode::from_raw_mode(0o700)).map_err(fail)?;
-            if is_whiteout {
-                self.make_opaque(entry, dir.as_fd(), name)?;
-            }
+            self.make_directory(entry, dir.as_fd(), name)?;
             // Deleted, it is another than that of the layers below.
             let below = if is_whiteout {
+                self.make_opaque(entry, dir.as_fd(), name)?;
                 None
             } else {
                 self.below(prefix)
+                    .map_err(|source| system("look below at the directory of", entry, source))?
             };
             let metadata = below.unwrap_or_else(|| Metadata::of_mode(IMPLIED));
-            self.set(entry, &metadata, &place, dir.as_fd(), name, Kind::Directory)?;
+            self.set(&metadata, dir.as_fd(), name, Kind::Directory)
+                .map_err(|(doing, source)| system(doing, entry, source))?;
         }
         self.root
             .dir(path)
             .map_err(|source| system("find the directory of", entry, source))
     }
 
-    /// What a directory is like in the nearest layer below that has it.
-    fn below(&self, path: &[u8]) -> Option<Metadata> {
-        self.lowers
-            .iter()
-            .find_map(|lower| lower.dir(path).ok())
-            .and_then(|dir| Metadata::of_directory(dir.as_fd()).ok())
-    }
-
-    fn white_out(
-        &mut self,
-        entry: &Entry,
-        parent: &[u8],
-        name: &[u8],
-        hidden: &[u8],
-    ) -> Result<(), UnpackError> {
-        if name == OPAQUE {
-            // The directory itself; the root of a layer, too.
-            let dir = self.parent(entry, parent)?;
-            return metadata::set_xattr_of(dir.as_fd(), self.opaque, b"y")
-                .map_err(|source| system("make opaque the directory of", entry, source));
-        }
-        if name.starts_with(AUFS) {
-            return Ok(());
-        }
-        let hidden = Place::new(hidden)
-            .ok()
-            .and_then(Place::into_name)
-            .ok_or_else(|| refused(entry, "it deletes nothing that has a name"))?;
-        let dir = self.parent(entry, parent)?;
-        let dir = dir.as_fd();
-        let there = self
-            .root
-            .there(dir, &hidden)
-            .map_err(|source| system("look at what is deleted by", entry, source))?;
-        match there {
-            There::Nothing => mknodat(dir, &*hidden, FileType::CharacterDevice, Mode::empty(), 0)
-                .map_err(|source| system("make a whiteout for", entry, source)),
-            // It speaks of the layers below, and this layer has its own.
-            There::Directory => self.make_opaque(entry, dir, &hidden),
-            There::Whiteout | There::Other => Ok(()),
-        }
-    }
-
-    fn make_opaque(
-        &self,
-        entry: &Entry,
-        dir: BorrowedFd<'_>,
-        name: &CString,
-    ) -> Result<(), UnpackError> {
-        metadata::set_xattr(dir, name, self.opaque, b"y")
-            .map_err(|source| system("make opaque", entry, source))
-    }
-
-    fn write_file(
-        &mut self,
-        entry: &Entry,
-        dir: BorrowedFd<'_>,
-        name: &CString,
-    ) -> Result<(), UnpackError> {
-        let flags =
-            OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = openat(dir, name, flags, Mode::from_raw_mode(0o600))
-            .map_err(|source| system("make the file", entry, source))?;
-        let all = [Extent {
-            offset: 0,
-            length: entry.size,
-        }];
-        for extent in entry.extents.as_deref().unwrap_or(&all) {
-            let (mut offset, mut left) = (extent.offset, extent.length);
-            while left > 0 {
-                let most = usize::try_from(left).map_or(COPY, |left| left.min(COPY));
-                let part = self.buffer.get_mut(..most).unwrap_or_default();
-                let count = self.archive.read_data(part)?;
-                let mut rest = part.get(..count).unwrap_or_default();
-                if rest.is_empty() {
-                    return Err(refused(entry, "its data ends too early"));
-                }
-                left -= rest.len() as u64;
-                self.bytes += rest.len() as u64;
-                while !rest.is_empty() {
-                    let written = match pwrite(&file, rest, offset) {
-                        Err(Errno::INTR) => 0,
-                        written => written.map_err(|source| system("write", entry, source))?,
-                    };
-                    offset += written as u64;
-                    rest = rest.get(written..).unwrap_or_default();
-                }
+    /// What a directory is like in the nearest layer below that has it. A layer that has something else there, or hides what is below it, is
+    /// the last that is asked. A link is followed within its own layer.
+    ///
+    /// The directory is then one, also where it is a link below: the image-spec has no word for that, so it is as with containerd
+    /// (`mkparent` of its archive package) and Docker, which both apply a layer beside the lower ones and not upon them. umoci follows the link.
+    fn below(&self, path: &[u8]) -> Result<Option<Metadata>, Errno> {
+        for lower in &self.lowers {
+            match lower.dir(path) {
+                Ok(dir) => return Metadata::of_directory(dir.as_fd(), self.owners).map(Some),
+                Err(Errno::NOENT) if !self.is_hidden(lower, path) => {}
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+                Err(error) => return Err(error),
             }
         }
-        if entry.extents.is_some() {
-            ftruncate(&file, entry.size).map_err(|source| system("size", entry, source))?;
-        }
-        Ok(())
+        Ok(None)
     }
 
-    fn link(&self, entry: &Entry, dir: BorrowedFd<'_>, name: &CString) -> Result<(), UnpackError> {
-        let no_target = || {
-            let target = String::from_utf8_lossy(&entry.link).into_owned();
-            refused(
-                entry,
-                format!("a hard link to {target:?}, which the layer does not have"),
-            )
-        };
-        let target = Place::new(&entry.link)
-            .map_err(|why| refused(entry, format!("a hard link whose target is refused: {why}")))?;
-        let Place::Below { parent, name: old } = &target else {
-            return Err(refused(entry, "a hard link to the root"));
-        };
-        let from = self.root.dir(parent).map_err(|_| no_target())?;
-        match linkat(from.as_fd(), &**old, dir, name, AtFlags::empty()) {
-            Ok(()) => Ok(()),
-            Err(Errno::NOENT) => Err(no_target()),
-            Err(Errno::PERM) => Err(refused(entry, "a hard link to a directory")),
-            Err(source) => Err(system("make the hard link", entry, source)),
-        }
-    }
-
-    fn make_node(
-        &self,
-        entry: &Entry,
-        dir: BorrowedFd<'_>,
-        name: &CString,
-    ) -> Result<(), UnpackError> {
-        let (major, minor) = entry.device;
-        let (kind, number) = match entry.kind {
-            Kind::CharDevice if entry.device == (0, 0) => {
-                return Err(refused(
-                    entry,
-                    "the device 0:0, which overlayfs takes for a deletion",
-                ));
-            }
-            Kind::CharDevice => (FileType::CharacterDevice, makedev(major, minor)),
-            Kind::BlockDevice => (FileType::BlockDevice, makedev(major, minor)),
-            _ => (FileType::Fifo, 0),
-        };
-        mknodat(dir, name, kind, Mode::from_raw_mode(0o600), number)
-            .map_err(|source| system("make the device", entry, source))
+    /// Whether a layer hides what those below it have at a path: something above it there is opaque.
+    fn is_hidden(&self, lower: &Root, path: &[u8]) -> bool {
+        let ends = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
+        let mut above = ends
+            .filter_map(|(end, _)| path.get(..end))
+            .chain([&b""[..]]);
+        above.any(|above| {
+            let dir = lower.dir(above);
+            dir.is_ok_and(|dir| metadata::is_set(dir.as_fd(), self.opaque))
+        })
     }
 
     /// Gives what has been made its owner, mode, attributes and time.
     fn dress(
         &mut self,
         entry: &Entry,
-        place: &Place,
+        kind: Kind,
         dir: BorrowedFd<'_>,
         name: &CStr,
     ) -> Result<(), UnpackError> {
-        let metadata = Metadata::of_entry(entry);
-        self.set(entry, &metadata, place, dir, name, entry.kind)
+        self.set(&Metadata::of_entry(entry, self.owners), dir, name, kind)
+            .map_err(|(doing, source)| system(doing, entry, source))
     }
 
     fn set(
         &mut self,
-        entry: &Entry,
         metadata: &Metadata,
-        place: &Place,
         dir: BorrowedFd<'_>,
         name: &CStr,
         kind: Kind,
-    ) -> Result<(), UnpackError> {
-        let left_out = metadata
-            .set(dir, name, kind, self.owners)
-            .map_err(|(doing, source)| system(doing, entry, source))?;
-        self.left_out += left_out;
-        if let (Kind::Directory, Some(time)) = (kind, metadata.mtime) {
-            if self.times.len() == MAX_DIRECTORIES {
-                let why = format!("the layer has more than {MAX_DIRECTORIES} directories");
-                return Err(refused(entry, why));
-            }
-            self.times.insert(place.clone(), time);
+    ) -> Result<(), (&'static str, Errno)> {
+        self.left_out += metadata.set(dir, name, kind, self.owners)?;
+        if kind == Kind::Directory {
+            let late = Late {
+                time: metadata.mtime,
+                mode: (self.owners == Owners::Caller).then_some(metadata.mode),
+            };
+            let path = self.root.path_of(dir, name);
+            self.late.insert(path.map_err(|e| ("find", e))?, late);
         }
         Ok(())
     }
 
     /// A directory has gone, with those in it. Looks at no others: an archive may replace directories as often as it likes.
-    fn forget_below(&mut self, place: &Place) {
-        self.times.remove(place);
-        // In the map's order those in it and those deeper are two stretches: "a.b" lies between "a" and "a/b".
-        let path = place.path();
-        let deeper = [&*path, b"/"].concat();
-        let gone: Vec<Place> = [path, deeper]
-            .into_iter()
-            .flat_map(|parent| {
-                let name = CString::default();
-                let known = self.times.range(Place::Below { parent, name }..);
-                known
-                    .map(|(known, _)| known)
-                    .take_while(|known| known.is_below(place))
-            })
-            .cloned()
-            .collect();
-        for known in gone {
-            self.times.remove(&known);
+    fn forget(&mut self, dir: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
+        let path = self.root.path_of(dir, name)?;
+        // In the map's order they follow each other: the byte after "/" is "0".
+        let below = |end: &[u8]| [&*path, end].concat();
+        let gone: Vec<_> = self.late.range(below(b"/")..below(b"0")).collect();
+        let gone: Vec<_> = gone.into_iter().map(|(path, _)| path.clone()).collect();
+        for path in gone.iter().chain([&path]) {
+            self.late.remove(path);
         }
+        Ok(())
     }
 
     fn finish(self) -> Result<Unpacked, UnpackError> {
-        for (place, time) in &self.times {
-            let (parent, name) = place.parts();
-            let set = self
-                .root
-                .dir(parent)
-                .and_then(|dir| metadata::set_time(dir.as_fd(), &name, *time));
-            match set {
-                // Its name became another's.
-                Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => {}
-                Err(source) => {
-                    return Err(UnpackError::System {
-                        doing: "set the time of",
-                        name: name.to_string_lossy().into_owned(),
-                        source,
-                    });
+        // What is in a directory before the directory, which may be closed then.
+        for (path, late) in self.late.iter().rev() {
+            let set = || {
+                let dir = self.root.dir(path)?;
+                if let Some(time) = late.time {
+                    metadata::set_time(dir.as_fd(), c".", time)?;
                 }
-            }
+                match late.mode {
+                    Some(mode) => fchmod(&dir, Mode::from_raw_mode(mode)),
+                    None => Ok(()),
+                }
+            };
+            set().map_err(|source| UnpackError::System {
+                doing: "set mode and time of",
+                name: String::from_utf8_lossy(path).into_owned(),
+                source,
+            })?;
         }
         Ok(Unpacked {
             entries: self.entries,

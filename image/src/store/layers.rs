@@ -1,16 +1,20 @@
 //! Layers, unpacked once, by chainID.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
     io::{self, Read},
+    os::{fd::OwnedFd, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
 };
+
+use rustix::fs::{Mode, fchmod};
 
 use super::{LAYERS, Store, StoreError, failed, lock_at, sync_dir};
 use crate::{
     apply::{Expected, apply},
     layer::{Limits, Sha256Digest},
-    unpack::Options,
+    tree,
+    unpack::{Options, Owners},
 };
 
 /// Where blobs are read from that become layers.
@@ -82,7 +86,16 @@ impl Store {
         let new = path.with_extension("new");
         let made = || match fs::create_dir(&new) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-            _ => File::open(&new),
+            _ => File::open(&new).or_else(|error| {
+                // An image may close its root to its owner, who is not always root.
+                match error.kind() {
+                    io::ErrorKind::PermissionDenied => {
+                        fs::set_permissions(&new, Permissions::from_mode(0o700))?;
+                        File::open(&new)
+                    }
+                    _ => Err(error),
+                }
+            }),
         };
         // Opened, it may be gone: another has finished it.
         let open = || loop {
@@ -91,22 +104,26 @@ impl Store {
                 opened => return opened,
             }
         };
-        let lock = lock_at(&new, open).map_err(failed("make", &new))?;
+        let lock: OwnedFd = lock_at(&new, open).map_err(failed("make", &new))?.into();
         if path.exists() {
-            return fs::remove_dir_all(&new).map_err(failed("remove", &new));
+            return tree::remove_path(&new).map_err(failed("remove", &new));
         }
         let lowers: Vec<&Path> = lowers.iter().map(PathBuf::as_path).collect();
+        let owners = Owners::here();
         let options = Options {
+            owners,
             lowers: &lowers,
-            ..Options::default()
+            // Who is not root can mount an overlay in a user namespace only.
+            user_xattrs: owners == Owners::Caller,
         };
         let applied = loop {
             // Somebody was cut off here.
-            clear(&new).map_err(failed("clear", &new))?;
+            let cleared = fchmod(&lock, Mode::RWXU).and_then(|()| tree::remove_in(&lock));
+            cleared.map_err(|e| failed("clear", &new)(e.into()))?;
             let blob = match blobs.open(&layer.digest) {
                 Ok(blob) => blob,
                 Err(error) => {
-                    let _ = fs::remove_dir_all(&new);
+                    let _ = tree::remove_path(&new);
                     return Err(error);
                 }
             };
@@ -117,7 +134,7 @@ impl Store {
         };
         if let Err(source) = applied {
             // Whoever wants it next finds out for himself.
-            let _ = fs::remove_dir_all(&new);
+            let _ = tree::remove_path(&new);
             return Err(StoreError::Apply {
                 blob: layer.digest,
                 source,
@@ -143,18 +160,6 @@ pub(super) fn chain(diff_ids: &[Sha256Digest]) -> Vec<Sha256Digest> {
         chain
     };
     diff_ids.iter().map(upon).collect()
-}
-
-fn clear(dir: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            fs::remove_dir_all(entry.path())?;
-        } else {
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use super::{BLOBS, INGEST, LAYERS, Store, StoreError, failed, layers::chain};
 use crate::{
     layer::Sha256Digest,
     manifest::{Document, Named},
+    tree,
 };
 
 /// What is held by whoever adds to the store.
@@ -98,7 +99,7 @@ impl Store {
             if going != path {
                 fs::rename(path, &going)?;
             }
-            fs::remove_dir_all(going)
+            tree::remove_path(&going)
         })?;
         Ok(Some(swept))
     }

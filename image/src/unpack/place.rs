@@ -6,11 +6,11 @@ use std::ffi::CString;
 const NAME_MAX: usize = 255;
 /// Bytes of a path with its NUL (Linux, PATH_MAX).
 const PATH_MAX: usize = 4096;
-/// Directories in each other: each holds an fd where they are removed.
+/// Directories in each other.
 const DEPTH_MAX: usize = 255;
 
 /// A name that has been checked: it goes down from the root, in components that are names.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Place {
     /// The root itself.
     Root,
@@ -59,41 +59,12 @@ impl Place {
         Ok(Self::Below { parent, name })
     }
 
-    /// The path of its directory, and its name there; the root is its own ".".
-    pub(super) fn parts(&self) -> (&[u8], CString) {
-        match self {
-            Self::Root => (b"", c".".to_owned()),
-            Self::Below { parent, name } => (parent, name.clone()),
-        }
-    }
-
-    /// Its path from the root; empty: the root.
-    pub(super) fn path(&self) -> Vec<u8> {
-        match self {
-            Self::Root => Vec::new(),
-            Self::Below { parent, name } if parent.is_empty() => name.as_bytes().to_owned(),
-            Self::Below { parent, name } => [parent, name.as_bytes()].join(&b'/'),
-        }
-    }
-
     /// Its name, where it is one alone.
     pub(super) fn into_name(self) -> Option<CString> {
         match self {
             Self::Below { parent, name } if parent.is_empty() => Some(name),
             Self::Root | Self::Below { .. } => None,
         }
-    }
-
-    /// Whether it is this one or lies in it.
-    pub(super) fn is_below(&self, other: &Self) -> bool {
-        let (Self::Below { parent, .. }, Self::Below { .. }) = (self, other) else {
-            return self == other || *other == Self::Root;
-        };
-        let path = other.path();
-        self == other
-            || parent
-                .strip_prefix(&*path)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
     }
 }
 
@@ -143,18 +114,6 @@ mod tests {
         assert!(Place::new(&[b'x'; 256]).is_err());
         assert!(Place::new(&b"x/".repeat(256)).is_err());
         assert!(Place::new(&[&[b'y'; 200][..], b"/"].concat().repeat(21)).is_err());
-    }
-
-    #[test]
-    fn a_directory_has_what_is_in_it() {
-        let place = |name: &str| Place::new(name.as_bytes()).unwrap();
-        for name in ["a/b", "a/b/c", "a/b/c/d"] {
-            assert!(place(name).is_below(&place("a/b")), "{name}");
-        }
-        for name in ["a", "a/bc", "a/c/b", "", "b"] {
-            assert!(!place(name).is_below(&place("a/b")), "{name}");
-        }
-        assert!(place("a").is_below(&Place::Root));
     }
 
     proptest! {

@@ -2,21 +2,21 @@
 
 use std::{
     cell::RefCell,
-    ffi::{CStr, CString},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    ffi::CStr,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::Path,
     rc::Rc,
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2, statat, unlinkat},
+    fs::{
+        AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, openat, openat2, readlinkat, statat,
+        unlinkat,
+    },
     io::Errno,
 };
 
-/// How a directory is opened.
-const DIRECTORY: OFlags = OFlags::RDONLY
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::CLOEXEC);
+use crate::tree::{self, DIRECTORY};
 
 /// What is at a place already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,15 +43,18 @@ impl AsFd for Dir {
 #[derive(Debug)]
 pub(super) struct Root {
     dir: Dir,
+    /// Its own path, as the kernel has it.
+    path: Vec<u8>,
     /// The directory that was asked for last: archives tell a directory's files one after another.
     last: RefCell<Option<(Vec<u8>, Dir)>>,
 }
 
 impl Root {
     /// The tree below this directory.
-    pub(super) fn open(path: &Path) -> Result<Self, Errno> {
+    pub(super) fn new(path: &Path) -> Result<Self, Errno> {
         let dir = openat(CWD, path, DIRECTORY, Mode::empty())?;
         Ok(Self {
+            path: path_of(dir.as_fd())?,
             dir: Dir(Rc::new(dir)),
             last: RefCell::default(),
         })
@@ -80,6 +83,27 @@ impl Root {
         Ok(found)
     }
 
+    /// The path from the root of what has this name in a directory of it: without links, whichever led there. "." is the directory.
+    ///
+    /// # Errors
+    /// When the kernel has no path for the directory, as where it is longer than one may be.
+    pub(super) fn path_of(&self, dir: BorrowedFd<'_>, name: &CStr) -> Result<Vec<u8>, Errno> {
+        let path = path_of(dir)?;
+        let below = path.strip_prefix(&*self.path).ok_or(Errno::XDEV)?;
+        let below = below.strip_prefix(b"/").unwrap_or(below);
+        Ok(match name.to_bytes() {
+            b"." => below.to_owned(),
+            name if below.is_empty() => name.to_owned(),
+            name => [below, name].join(&b'/'),
+        })
+    }
+
+    /// The directory of this name in another.
+    pub(super) fn open(&self, dir: BorrowedFd<'_>, name: &CStr) -> Result<Dir, Errno> {
+        let flags = DIRECTORY | OFlags::NOFOLLOW;
+        Ok(Dir(Rc::new(openat(dir, name, flags, Mode::empty())?)))
+    }
+
     /// What is there under this name.
     pub(super) fn there(&self, dir: BorrowedFd<'_>, name: &CStr) -> Result<There, Errno> {
         let stat = match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -106,7 +130,7 @@ impl Root {
             There::Directory => {
                 // Open directories may be among what goes.
                 *self.last.borrow_mut() = None;
-                remove_tree(dir, name)?;
+                tree::remove(dir, name)?;
                 Ok(There::Directory)
             }
             there => {
@@ -118,27 +142,8 @@ impl Root {
     }
 }
 
-/// Removes a directory with all that is in it, no deeper than a [`super::place::Place`] may be.
-fn remove_tree(parent: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
-    let dir = openat(parent, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
-    let mut names = Vec::new();
-    for entry in rustix::fs::Dir::read_from(&dir)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        if name != c"." && name != c".." {
-            names.push((CString::from(name), entry.file_type()));
-        }
-    }
-    for (name, kind) in names {
-        let removed = match kind {
-            FileType::Directory => remove_tree(dir.as_fd(), &name),
-            _ => unlinkat(&dir, &*name, AtFlags::empty()),
-        };
-        match removed {
-            // The file system does not tell what it is.
-            Err(Errno::ISDIR) => remove_tree(dir.as_fd(), &name)?,
-            other => other?,
-        }
-    }
-    unlinkat(parent, name, AtFlags::REMOVEDIR)
+/// An open directory's path (proc_pid_fd(5)).
+fn path_of(dir: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
+    let link = format!("/proc/self/fd/{}", dir.as_raw_fd());
+    Ok(readlinkat(CWD, link, Vec::new())?.into_bytes())
 }
