@@ -14,15 +14,9 @@ use clap_complete::Shell;
     arg_required_else_help = true
 )]
 pub struct Args {
-    /// Where images are kept.
-    #[arg(
-        long,
-        global = true,
-        env = "HUSK_ROOT",
-        default_value = "/var/lib/husk",
-        value_name = "DIR"
-    )]
-    pub root: PathBuf,
+    /// Where images and containers are kept [default: /var/lib/husk; for who is not root, husk in XDG_DATA_HOME or ~/.local/share].
+    #[arg(long, global = true, env = "HUSK_ROOT", value_name = "DIR")]
+    pub root: Option<PathBuf>,
     /// Mirrors, certificates and plain HTTP of registries.
     #[arg(long, global = true, default_value = husk_image::registry::FILE, value_name = "FILE")]
     pub registries: PathBuf,

@@ -1,8 +1,11 @@
 //! Where things are, and names for them.
 
 use std::{
-    fs::{self, DirBuilder, Permissions},
-    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    env,
+    ffi::OsString,
+    fs::{self, DirBuilder, File, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{self, Path, PathBuf},
 };
 
@@ -13,10 +16,14 @@ use husk_image::{
     registry::Settings,
     store::{Listed, Store},
 };
+use rustix::process::geteuid;
 
 use crate::container::Containers;
 
-/// Root's alone.
+/// Where all of it is, unless somebody says otherwise.
+const ROOT: &str = "/var/lib/husk";
+
+/// Its owner's alone.
 const PRIVATE: u32 = 0o700;
 
 /// What the global flags say.
@@ -26,7 +33,12 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    pub(crate) fn new(root: PathBuf, registries: PathBuf) -> Self {
+    pub(crate) fn new(root: Option<PathBuf>, registries: PathBuf) -> Self {
+        let root = root.unwrap_or_else(|| {
+            let own = (!geteuid().is_root()).then(|| data_home(|name| env::var_os(name)));
+            own.flatten()
+                .map_or_else(|| PathBuf::from(ROOT), |home| home.join("husk"))
+        });
         // A monitor has another working directory. Nothing is looked up here: it fails for an empty path only, which fails later too.
         let root = path::absolute(&root).unwrap_or(root);
         Self { root, registries }
@@ -57,15 +69,58 @@ impl Place {
                 .recursive(true)
                 .mode(PRIVATE)
                 .create(&path)?;
-            fs::set_permissions(&path, Permissions::from_mode(PRIVATE))
+            Ok((fs::metadata(&path)?, fs::metadata(&self.root)?))
         };
-        make().with_context(|| format!("making {}", path.display()))?;
+        let made = make().map_err(|error: io::Error| match error.kind() {
+            io::ErrorKind::PermissionDenied if !geteuid().is_root() => anyhow::Error::from(error)
+                .context("this user may not, --root names a place of its own"),
+            _ => error.into(),
+        });
+        let making = || format!("making {}", path.display());
+        let (made, root) = made.with_context(making)?;
+        let own = geteuid().as_raw();
+        // One's layers are no use to the other, and root would believe what a user has written.
+        let owners = [made.uid(), if own == 0 { root.uid() } else { own }];
+        if let Some(owner) = owners.into_iter().find(|owner| *owner != own) {
+            bail!(
+                "{} is user {owner}'s, and this is user {own}: run husk as that user, or --root names another place",
+                path.display()
+            );
+        }
+        fs::set_permissions(&path, Permissions::from_mode(PRIVATE)).with_context(making)?;
         Ok(path)
+    }
+
+    /// Says what is missing where this process cannot have containers.
+    pub(crate) fn for_containers(&self) -> Result<()> {
+        let own = geteuid();
+        if own.is_root() {
+            return Ok(());
+        }
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        let kvm = kvm.map_or_else(
+            |error| format!(", nor can it open /dev/kvm ({error})"),
+            |_| String::new(),
+        );
+        bail!(
+            "a container takes root, for its mounts, its network and its cgroup: this is user {}{kvm}; images can be had without",
+            own.as_raw()
+        )
     }
 
     pub(crate) fn settings(&self) -> Result<Settings> {
         Ok(Settings::read(&self.registries)?)
     }
+}
+
+/// Where a user's own data are (XDG Base Directory Specification); a path that is not absolute counts for nothing.
+fn data_home(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let absolute = |name| {
+        variable(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    absolute("XDG_DATA_HOME").or_else(|| Some(absolute("HOME")?.join(".local/share")))
 }
 
 /// What a user calls an image: a name as the store has it, a name with what may be left out, or the beginning of an id. Of an id, all names.
@@ -135,6 +190,33 @@ mod tests {
             .unwrap(),
             size: 1,
             image: None,
+        }
+    }
+
+    #[test]
+    fn a_users_data_are_where_others_keep_them() {
+        for (variables, home) in [
+            (
+                &[("XDG_DATA_HOME", "/data"), ("HOME", "/home/u")][..],
+                Some("/data"),
+            ),
+            (&[("HOME", "/home/u")], Some("/home/u/.local/share")),
+            (
+                &[("XDG_DATA_HOME", "data"), ("HOME", "/home/u")],
+                Some("/home/u/.local/share"),
+            ),
+            (&[("XDG_DATA_HOME", ""), ("HOME", "")], None),
+            (&[], None),
+        ] {
+            let variable = |name: &str| {
+                let found = variables.iter().find(|(other, _)| *other == name);
+                found.map(|(_, value)| OsString::from(value))
+            };
+            assert_eq!(
+                data_home(variable),
+                home.map(PathBuf::from),
+                "{variables:?}"
+            );
         }
     }
 

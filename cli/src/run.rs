@@ -58,6 +58,7 @@ pub(crate) fn run(place: &Place, args: &args::Run) -> Result<()> {
 }
 
 pub(crate) fn start(place: &Place, args: &args::Start) -> Result<()> {
+    place.for_containers()?;
     let containers = place.containers()?;
     if args.attach || args.interactive {
         let [word] = args.containers.as_slice() else {
@@ -241,6 +242,7 @@ fn start_attached(place: &Place, container: &Container, wanted: Wanted) -> Resul
 
 /// Makes a container as the command line says.
 fn make(place: &Place, args: &args::Create, attached: bool) -> Result<Container> {
+    place.for_containers()?;
     let store = place.store()?;
     let holder = store.begin()?;
     let (image, _) = image(place, &store, args)?;

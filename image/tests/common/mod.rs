@@ -1,5 +1,10 @@
 //! Trees to pack, and what is to be said of a tree.
 
+#![allow(
+    dead_code,
+    reason = "each of the tests that share it uses a part of it"
+)]
+
 use std::{
     collections::BTreeMap,
     ffi::CString,
@@ -119,6 +124,15 @@ pub fn listing(root: &Path) -> BTreeMap<PathBuf, String> {
         all.insert(path.strip_prefix(root).unwrap().to_owned(), about);
     }
     all
+}
+
+/// Two trees must be the same.
+pub fn same(ours: &BTreeMap<PathBuf, String>, theirs: &BTreeMap<PathBuf, String>) {
+    let names = |all: &BTreeMap<PathBuf, String>| all.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(ours), names(theirs));
+    for (path, about) in theirs {
+        assert_eq!(&ours[path], about, "{}", path.display());
+    }
 }
 
 fn xattrs(path: &Path) -> Vec<(String, Vec<u8>)> {
