@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufWriter, IsTerminal as _, Read, Write as _},
+    io::{self, BufWriter, IsTerminal as _, Read, Write},
     path::Path,
 };
 
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use husk_image::{layer::Limits, manifest::Platform, name::ImageName};
 
 use crate::{
-    args,
+    args::{self, ArchiveFormat},
     place::{Place, find, platform},
 };
 
@@ -35,12 +35,16 @@ pub(crate) fn save(place: &Place, args: &args::Save) -> Result<()> {
         let found = find(&images, word)?;
         names.extend(found.iter().map(|image| &*image.name));
     }
+    let save = |archive: &mut dyn Write| match args.format {
+        ArchiveFormat::Oci => store.save(&names, archive),
+        ArchiveFormat::Docker => store.save_for_docker(&names, &Platform::here(), archive),
+    };
     let Some(path) = &args.output else {
         let out = io::stdout();
         if out.is_terminal() {
             bail!("an archive is nothing for a terminal: -o FILE writes it to a file");
         }
-        return Ok(store.save(&names, BufWriter::new(out.lock()))?);
+        return Ok(save(&mut BufWriter::new(out.lock()))?);
     };
     // Half an archive never has the name.
     let mut new = path.clone().into_os_string();
@@ -48,7 +52,7 @@ pub(crate) fn save(place: &Place, args: &args::Save) -> Result<()> {
     let new = Path::new(&new);
     let write = || {
         let file = File::create(new).with_context(|| format!("writing {}", new.display()))?;
-        store.save(&names, BufWriter::with_capacity(256 << 10, &file))?;
+        save(&mut BufWriter::with_capacity(256 << 10, &file))?;
         file.sync_all()?;
         fs::rename(new, path).with_context(|| format!("writing {}", path.display()))
     };

@@ -76,7 +76,7 @@ pub enum Command {
     Tag(Tag),
     /// Load images from an archive (OCI archive, or docker save).
     Load(Load),
-    /// Save images into an OCI archive, which docker load, podman load and ctr image import read.
+    /// Save images into an archive, which docker load, podman load and ctr image import read.
     Save(Save),
     /// Make an image of a root file system in a tar archive.
     Import(Import),
@@ -491,6 +491,20 @@ pub struct Save {
     /// The archive; without it, standard output.
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Which kind of archive.
+    #[arg(long, value_enum, default_value_t = ArchiveFormat::Oci)]
+    pub format: ArchiveFormat,
+}
+
+/// A kind of archive, by the name that skopeo and podman have for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ArchiveFormat {
+    /// An OCI image layout; Docker reads it from version 25 on.
+    #[value(name = "oci-archive")]
+    Oci,
+    /// What docker save wrote before: of each image this machine's platform, with its layers as plain tar archives.
+    #[value(name = "docker-archive")]
+    Docker,
 }
 
 /// `husk import`.

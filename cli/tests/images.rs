@@ -235,6 +235,19 @@ fn images_travel_in_archives() {
     run(load.stdin(fs::File::open(&archive).unwrap()));
     assert!(has_long(&ground.dir.path().join("other"), "one"));
     assert!(has_long(&ground.dir.path().join("third"), "one"));
+    // Docker's older kind: the image is known by its configuration.
+    let docker = path("docker.tar");
+    let for_docker = &["save", "--format", "docker-archive", &one];
+    run(ground.husk(for_docker).args(["-o", &docker]));
+    assert_eq!(
+        run(&mut ground.husk(for_docker)),
+        fs::read(&docker).unwrap()
+    );
+    let said = text(&mut ground.husk_in("fourth", &["load", "-i", &docker]));
+    assert_eq!(said, format!("Loaded image: {one}\n"));
+    assert!(has_long(&ground.dir.path().join("fourth"), "one"));
+    let said = error(&mut ground.husk(&["save", "--format", "tar", &one]), 2);
+    assert!(said.contains("oci-archive, docker-archive"), "{said}");
     // A root file system.
     let tar = path("root.tar");
     run(Command::new("tar").args(["-cf", &tar, "-C", &path("lower"), "."]));

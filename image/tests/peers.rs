@@ -15,6 +15,7 @@ mod mounted;
 use std::{
     collections::BTreeSet,
     fs::{self, File},
+    io::Read as _,
     os::unix::fs::{PermissionsExt as _, chown, symlink},
     path::Path,
     process::Command,
@@ -23,7 +24,7 @@ use std::{
 use common::{listing, run, same, tree};
 use husk_image::{
     apply::Expected,
-    layer::Limits,
+    layer::{Limits, Sha256Digest},
     manifest::Platform,
     store::{Store, StoreError},
 };
@@ -155,4 +156,73 @@ fn images_go_to_skopeo_and_come_back() {
         ),
         (4, 0)
     );
+}
+
+#[test]
+fn dockers_kind_of_archive_is_read_by_skopeo_and_by_husk() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let store = Store::open(&dir.path().join("store")).unwrap();
+    image(&store);
+    let (one, two) = ("example.org/one:1", "example.org/two:2");
+    let names = store.names().unwrap();
+    store.tag(one, &names[0].1).unwrap();
+    // Another image with the same lower layer, which is there once.
+    let shared = store.image(one, &Platform::here()).unwrap().unwrap().layers[0];
+    let mut blob = Vec::new();
+    let mut file = store.blob(&shared.digest).unwrap().unwrap();
+    file.read_to_end(&mut blob).unwrap();
+    fs::create_dir_all(dir.path().join("own")).unwrap();
+    let own = layer(&dir.path().join("own"));
+    publish(&store, two, &[(blob, shared.diff_id), own]);
+    // Two names of one image.
+    let archive = File::create(path("docker.tar")).unwrap();
+    let names = [one, two, NAME];
+    store
+        .save_for_docker(&names, &Platform::here(), archive)
+        .unwrap();
+    let listed = run(Command::new("tar").args(["-tf", &path("docker.tar")]));
+    // A manifest, two configurations, three layers.
+    assert_eq!(String::from_utf8(listed).unwrap().lines().count(), 6);
+
+    let other = Store::open(&dir.path().join("other")).unwrap();
+    let mut loaded = other.load(File::open(path("docker.tar")).unwrap()).unwrap();
+    loaded.sort();
+    let short = format!("docker.io/library/{NAME}:latest");
+    assert_eq!(loaded, [&*short, one, two]);
+    for name in [one, two] {
+        let (ours, theirs) = (config_of(&store, name), config_of(&other, name));
+        assert_eq!(ours, theirs);
+        let skopeos = |what: &[&str]| {
+            let mut skopeo = Command::new("skopeo");
+            skopeo.arg("inspect").args(what);
+            run(skopeo.arg(format!("docker-archive:{}:{name}", path("docker.tar"))))
+        };
+        let config = skopeos(&["--config", "--raw"]);
+        assert_eq!(Sha256Digest::of(&config).to_string(), ours);
+        let mut skopeo = Command::new("skopeo");
+        skopeo.args(["--insecure-policy", "copy", "--quiet"]);
+        run(skopeo
+            .arg(format!("docker-archive:{}:{name}", path("docker.tar")))
+            .arg(format!("oci:{}:{name}", path("skopeos"))));
+        let skopeos = Store::open(&dir.path().join("skopeos")).unwrap();
+        let layers = |store: &Store| {
+            let image = store.image(name, &Platform::here()).unwrap().unwrap();
+            let ids = image.layers.iter().map(|l| l.diff_id).collect::<Vec<_>>();
+            (ids, image.layers)
+        };
+        assert_eq!(layers(&skopeos).0, layers(&store).0);
+        let unpacked = other.unpack(&layers(&other).1, Limits::default());
+        assert_eq!(unpacked.unwrap().len(), 2);
+    }
+}
+
+/// The digest of an image's configuration, which Docker knows the image by.
+fn config_of(store: &Store, name: &str) -> String {
+    let image = store.image(name, &Platform::here()).unwrap().unwrap();
+    let mut manifest = Vec::new();
+    let mut file = store.blob(&image.digest).unwrap().unwrap();
+    file.read_to_end(&mut manifest).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    manifest["config"]["digest"].as_str().unwrap().to_owned()
 }

@@ -1,5 +1,5 @@
 //! Images to and from a file: an OCI archive, which is a layout in a tar stream. skopeo, podman, containerd and Docker (from version 25 on)
-//! write and read it. Docker's older kind ([`super::docker`]) is read.
+//! write and read it. Docker's older kind is [`super::docker`]'s.
 
 use std::{
     collections::BTreeSet,
@@ -9,8 +9,8 @@ use std::{
 use oci_spec::image::{Descriptor, ImageIndex};
 
 use super::{
-    INDEX, LAYOUT, Store, StoreError, docker,
-    docker::Members,
+    INDEX, LAYOUT, Store, StoreError,
+    docker::{MANIFEST, Members},
     images::{NAME, annotation, sorted},
 };
 use crate::{
@@ -23,7 +23,7 @@ use crate::{
 const FULL_NAME: &str = "io.containerd.image.name";
 
 /// Bytes of an archive, unpacked: as many as its layers may have between them.
-const LIMITS: Limits = Limits {
+pub(super) const LIMITS: Limits = Limits {
     bytes: 1 << 40,
     ratio: 500,
 };
@@ -44,30 +44,52 @@ impl Store {
             let name = entry.display_name();
             let name = name.strip_prefix("./").unwrap_or(&name);
             if entry.kind == Kind::Symlink {
-                members.add_link(name, &entry.link);
+                members.add_link(name, &entry.link)?;
             }
             if entry.kind != Kind::File || entry.extents.is_some() {
                 continue;
             }
             if name == INDEX.0 {
-                let text = read_document(&mut archive, &entry)?;
+                let text = read_document(&mut archive, &entry, "archive's index.json")?;
                 index = Some(parse("archive's index.json", &text)?);
+            } else if name == MANIFEST {
+                members.manifest = Some(read_document(
+                    &mut archive,
+                    &entry,
+                    "archive's manifest.json",
+                )?);
             } else if let Some(hex) = name.strip_prefix("blobs/sha256/") {
                 let digest = digest("archive", &format!("sha256:{hex}"))?;
                 self.take(&mut archive, &digest, entry.size)?;
+                // Docker's manifest.json names them so, too.
+                members.add(
+                    name,
+                    Named {
+                        digest,
+                        size: entry.size,
+                    },
+                    None,
+                )?;
             } else if Members::is_one(name) {
-                let digest = self.take_unnamed(|to| {
+                let (digest, unnamed) = self.take_unnamed(|to| {
                     copy_data(&mut archive, |data| {
                         to.write_all(data).map_err(StoreError::Stream)
                     })
                 })?;
-                members.add(name, digest, entry.size);
+                members.add(
+                    name,
+                    Named {
+                        digest,
+                        size: entry.size,
+                    },
+                    Some(unnamed),
+                )?;
             }
         }
-        let images = match index {
-            Some(index) => self.check(&index)?,
-            None if members.has(docker::MANIFEST) => self.assemble(&members)?,
-            None => {
+        let images = match (index, &members.manifest) {
+            (Some(index), _) => self.check(&index)?,
+            (None, Some(text)) => self.assemble(&members, text)?,
+            (None, None) => {
                 return Err(invalid(
                     "has neither index.json nor manifest.json: it is no archive of images",
                 ));
@@ -127,28 +149,43 @@ impl Store {
         }
         index.set_manifests(manifests);
         let index = sorted(&index).map_err(StoreError::Stream)?;
-        let mut builder = tar::Builder::new(archive);
-        let mut add = |name: &str, size: u64, data: &mut dyn Read| {
-            let mut header = tar::Header::new_ustar();
-            header.set_size(size);
-            header.set_mode(0o644);
-            header.set_uid(0);
-            header.set_gid(0);
-            header.set_mtime(0);
-            let added = builder.append_data(&mut header, name, data);
-            added.map_err(StoreError::Stream)
-        };
-        add(LAYOUT.0, LAYOUT.1.len() as u64, &mut LAYOUT.1.as_bytes())?;
-        add(INDEX.0, index.len() as u64, &mut &*index)?;
+        let mut writer = Writer::new(archive);
+        writer.add(LAYOUT.0, LAYOUT.1.len() as u64, LAYOUT.1.as_bytes())?;
+        writer.add(INDEX.0, index.len() as u64, &*index)?;
         for digest in blobs {
             // Of an index, the images of other platforms may never have been wanted.
-            let Some(mut blob) = self.blob(&digest)? else {
+            let Some(blob) = self.blob(&digest)? else {
                 continue;
             };
             let size = blob.metadata().map_err(StoreError::Stream)?.len();
-            add(&format!("blobs/sha256/{}", digest.hex()), size, &mut blob)?;
+            writer.add(&format!("blobs/sha256/{}", digest.hex()), size, blob)?;
         }
-        let mut archive = builder.into_inner().map_err(StoreError::Stream)?;
+        writer.finish()
+    }
+}
+
+/// Writes an archive, of whose files there is nothing to say but their names and their bytes.
+pub(super) struct Writer<W: Write>(tar::Builder<W>);
+
+impl<W: Write> Writer<W> {
+    pub(super) fn new(archive: W) -> Self {
+        Self(tar::Builder::new(archive))
+    }
+
+    /// Adds a file of so many bytes: all that there are to read.
+    pub(super) fn add(&mut self, name: &str, size: u64, data: impl Read) -> Result<(), StoreError> {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(size);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        let added = self.0.append_data(&mut header, name, data);
+        added.map_err(StoreError::Stream)
+    }
+
+    pub(super) fn finish(self) -> Result<(), StoreError> {
+        let mut archive = self.0.into_inner().map_err(StoreError::Stream)?;
         archive.flush().map_err(StoreError::Stream)
     }
 }
@@ -164,9 +201,13 @@ fn name_of(descriptor: &Descriptor) -> String {
         .map_or_else(|| descriptor.digest().to_string(), str::to_owned)
 }
 
-fn read_document<R: Read>(archive: &mut Archive<R>, entry: &Entry) -> Result<Vec<u8>, StoreError> {
+fn read_document<R: Read>(
+    archive: &mut Archive<R>,
+    entry: &Entry,
+    what: &'static str,
+) -> Result<Vec<u8>, StoreError> {
     if entry.size > MAX_DOCUMENT {
-        let (what, size) = ("archive's index.json", entry.size);
+        let size = entry.size;
         return Err(StoreError::Image(ManifestError::TooLarge { what, size }));
     }
     let mut text = Vec::new();

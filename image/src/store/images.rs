@@ -130,19 +130,7 @@ impl Store {
             return Ok(None);
         };
         let named = Named::of(&descriptor)?;
-        let (digest, manifest) = match self.document(&named)? {
-            Document::Manifest(manifest) => (named.digest, manifest),
-            Document::Index(index) => {
-                let chosen = choose(&index, platform)?;
-                match self.document(&chosen)? {
-                    Document::Manifest(manifest) => (chosen.digest, manifest),
-                    Document::Index(_) => {
-                        let (what, why) = ("image's index", "leads to another".to_owned());
-                        return Err(StoreError::Image(ManifestError::Invalid { what, why }));
-                    }
-                }
-            }
-        };
+        let (digest, manifest) = self.chosen(&named, platform)?;
         let config = self.config(&manifest)?;
         let layers = manifest.layers(&config, platform)?;
         Ok(Some(Image {
@@ -150,6 +138,26 @@ impl Store {
             config,
             layers,
         }))
+    }
+
+    /// A manifest, or that for a platform of an index; with its digest.
+    pub(super) fn chosen(
+        &self,
+        named: &Named,
+        platform: &Platform,
+    ) -> Result<(Sha256Digest, Manifest), StoreError> {
+        let index = match self.document(named)? {
+            Document::Manifest(manifest) => return Ok((named.digest, *manifest)),
+            Document::Index(index) => index,
+        };
+        let chosen = choose(&index, platform)?;
+        match self.document(&chosen)? {
+            Document::Manifest(manifest) => Ok((chosen.digest, *manifest)),
+            Document::Index(_) => {
+                let (what, why) = ("image's index", "leads to another".to_owned());
+                Err(StoreError::Image(ManifestError::Invalid { what, why }))
+            }
+        }
     }
 
     pub(super) fn index(&self) -> Result<ImageIndex, StoreError> {

@@ -17,10 +17,10 @@ use crate::{
     manifest::{Named, Platform},
 };
 
-/// A blob whose digest nobody knows yet. Dropped unfinished, it is removed.
-struct Unnamed {
+/// A file that may become a blob. Dropped before, it is removed.
+#[derive(Debug)]
+pub(super) struct Unnamed {
     path: PathBuf,
-    file: File,
 }
 
 impl Drop for Unnamed {
@@ -43,11 +43,11 @@ impl Store {
         limits: Limits,
     ) -> Result<Sha256Digest, StoreError> {
         let _use = self.begin()?;
-        let mut unnamed = self.unnamed()?;
-        io::copy(&mut tar, &mut unnamed.file).map_err(StoreError::Stream)?;
-        unnamed.file.rewind().map_err(StoreError::Stream)?;
-        let layer = look(&unnamed.file, limits)?;
-        self.keep(&unnamed.file, &unnamed.path, &layer.digest)?;
+        let (unnamed, mut file) = self.unnamed()?;
+        io::copy(&mut tar, &mut file).map_err(StoreError::Stream)?;
+        file.rewind().map_err(StoreError::Stream)?;
+        let layer = look(&file, limits)?;
+        self.keep(&file, &unnamed.path, &layer.digest)?;
 
         let mut config = json!({
             "architecture": platform.architecture, "os": platform.os, "config": {},
@@ -66,23 +66,31 @@ impl Store {
         Ok(Named::of(&manifest)?.digest)
     }
 
-    /// Makes a blob of what `write` writes. Returns its digest.
+    /// A file of what `write` writes, and its digest.
     pub(super) fn take_unnamed(
         &self,
         write: impl FnOnce(&mut dyn Write) -> Result<(), StoreError>,
-    ) -> Result<Sha256Digest, StoreError> {
-        let unnamed = self.unnamed()?;
+    ) -> Result<(Sha256Digest, Unnamed), StoreError> {
+        let (unnamed, file) = self.unnamed()?;
         let mut digesting = Digesting {
-            file: &unnamed.file,
+            file: &file,
             sha256: Sha256::new(),
         };
         write(&mut digesting)?;
-        let digest = digesting.sha256.into();
-        self.keep(&unnamed.file, &unnamed.path, &digest)?;
-        Ok(digest)
+        Ok((digesting.sha256.into(), unnamed))
     }
 
-    fn unnamed(&self) -> Result<Unnamed, StoreError> {
+    /// Makes a blob of it.
+    pub(super) fn keep_unnamed(
+        &self,
+        unnamed: &Unnamed,
+        digest: &Sha256Digest,
+    ) -> Result<(), StoreError> {
+        let file = File::open(&unnamed.path).map_err(failed("open", &unnamed.path))?;
+        self.keep(&file, &unnamed.path, digest)
+    }
+
+    fn unnamed(&self) -> Result<(Unnamed, File), StoreError> {
         let mut number = 0;
         loop {
             let name = format!("{INGEST}/import-{}-{number}", std::process::id());
@@ -92,7 +100,7 @@ impl Store {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => number += 1,
                 opened => {
                     let file = opened.map_err(failed("make", &path))?;
-                    return Ok(Unnamed { path, file });
+                    return Ok((Unnamed { path }, file));
                 }
             }
         }

@@ -253,6 +253,89 @@ fn images_travel_in_archives() {
     assert!(error.to_string().contains("no image \"none\""), "{error}");
 }
 
+/// An archive of these files.
+fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    for (name, data) in files {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(data.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, name, *data).unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+#[test]
+fn of_dockers_archive_only_what_it_names_is_kept() {
+    let (layer, _) = layer("file", "data");
+    let config = br#"{"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}}"#;
+    let manifest = br#"[{"Config": "c.json", "RepoTags": ["x:1"], "Layers": ["blobs/sha256/L", "a/layer.tar"]}]"#;
+    let digest = Sha256Digest::of(b"named by its digest");
+    let manifest = String::from_utf8_lossy(manifest).replace("/L", &format!("/{}", digest.hex()));
+    let blob = format!("blobs/sha256/{}", digest.hex());
+    let mut files: Vec<(&str, &[u8])> = vec![
+        ("unnamed.json", b"{}"),
+        ("c.json", config),
+        ("a/layer.tar", &layer),
+        ("unnamed/layer.tar", b"unnamed"),
+        (&blob, b"named by its digest"),
+        ("manifest.json", manifest.as_bytes()),
+    ];
+    for _ in 0..2 {
+        let place = Place::new();
+        let names = place.store.load(&*archive(&files)).unwrap();
+        assert_eq!(names, ["docker.io/library/x:1"]);
+        assert_eq!((place.count("blobs/sha256"), place.count("ingest")), (4, 0));
+        assert_eq!(place.read(&layer).unwrap(), layer);
+        assert_eq!(sweep(&place).unwrap().blobs, 0);
+        // The manifest may be the first.
+        files.reverse();
+    }
+    // What lacks something leaves nothing.
+    files.retain(|(name, _)| *name != "a/layer.tar");
+    let place = Place::new();
+    let error = place.store.load(&*archive(&files)).unwrap_err();
+    assert!(error.to_string().contains("\"a/layer.tar\""), "{error}");
+    // Only what had a digest for its name, until the next sweep.
+    assert_eq!((place.count("blobs/sha256"), place.count("ingest")), (1, 0));
+}
+
+#[test]
+fn for_docker_an_image_is_one_that_can_be_written() {
+    let place = Place::new();
+    let one = layer("file", "data");
+    let compressed = |digest| {
+        let blob = zstd::encode_all(&*one.0, 3).unwrap();
+        let expected = Expected {
+            digest: Sha256Digest::of(&blob),
+            size: blob.len() as u64,
+            diff_id: digest,
+        };
+        (blob, expected)
+    };
+    let save = |name: &str| {
+        let mut archive = Vec::new();
+        let here = Platform::here();
+        place.store.save_for_docker(&[name], &here, &mut archive)?;
+        Ok::<_, StoreError>(archive)
+    };
+    let good = place.image("good", &[&compressed(one.1.diff_id)]);
+    place.store.tag("good", &good).unwrap();
+    place.store.tag("index", &place.index(&[good])).unwrap();
+    assert!(save("good").unwrap() == save("good").unwrap());
+    let to = Place::new();
+    to.store.load(&*save("index").unwrap()).unwrap();
+    assert_eq!(to.read(&one.0).unwrap(), one.0);
+    let wrong = place.image("wrong", &[&compressed(Sha256Digest::of(b"other"))]);
+    place.store.tag("wrong", &wrong).unwrap();
+    let error = save("wrong").unwrap_err();
+    assert!(error.to_string().contains("its diffID is"), "{error}");
+    let error = save("none").unwrap_err();
+    assert!(matches!(error, StoreError::NoImage(_)), "{error}");
+    fs::remove_file(place.store.blob_path(&compressed(one.1.diff_id).1.digest)).unwrap();
+    assert!(matches!(save("good").unwrap_err(), StoreError::NoBlob(_)));
+}
+
 #[test]
 fn an_archive_is_taken_whole_or_not_at_all() {
     let from = Place::new();
