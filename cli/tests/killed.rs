@@ -23,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use common::{listing, run, same};
+use common::{in_memory, listing, run, same};
 use husk_image::{manifest::Platform, store::Store};
 use images::{layer, publish};
 use registry::Registry;
@@ -41,8 +41,7 @@ type Tree = BTreeMap<PathBuf, String>;
 
 impl Ground {
     fn new() -> Self {
-        // A disk has others to wait for, at the end of each layer.
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = in_memory(32 << 20);
         let registry = Registry::new();
         let ground = Self { registry, dir };
         let (layout, lower, upper) = (

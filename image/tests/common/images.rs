@@ -1,5 +1,10 @@
 //! Images of a test's own making.
 
+#![allow(
+    dead_code,
+    reason = "each of the tests that share it uses a part of it"
+)]
+
 use std::{fs, path::Path, process::Command};
 
 use husk_image::{
@@ -34,8 +39,13 @@ pub fn layer(dir: &Path) -> (Vec<u8>, Sha256Digest) {
         "--file",
     ]);
     run(tar.arg(file.path()).arg("--directory").arg(dir).arg("."));
-    let blob = run(Command::new("gzip").arg("-c").arg(file.path()));
-    (blob, Sha256Digest::of(&fs::read(file.path()).unwrap()))
+    compressed(file.path())
+}
+
+/// The same of an archive that is there.
+pub fn compressed(tar: &Path) -> (Vec<u8>, Sha256Digest) {
+    let blob = run(Command::new("gzip").args(["-1", "-c"]).arg(tar));
+    (blob, Sha256Digest::of(&fs::read(tar).unwrap()))
 }
 
 /// Makes an image of these layers, and gives it a name.

@@ -6,7 +6,7 @@
 )]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::CString,
     fs,
     os::unix::{
@@ -18,7 +18,7 @@ use std::{
 };
 
 use husk_image::layer::Sha256Digest;
-use rustix::fs::{FileType, Mode, XattrFlags, lgetxattr, llistxattr, lsetxattr};
+use rustix::fs::{FileType, Mode, XattrFlags, lgetxattr, llistxattr, lsetxattr, statvfs};
 
 /// What a command prints; it must succeed.
 pub fn run(command: &mut Command) -> Vec<u8> {
@@ -28,6 +28,14 @@ pub fn run(command: &mut Command) -> Vec<u8> {
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{command:?}: {errors}");
     output.stdout
+}
+
+/// A directory in memory, if that has room for so many bytes: a disk has others to wait for where all is written out. It may have no
+/// "user." attributes (before Linux 6.6).
+pub fn in_memory(bytes: u64) -> tempfile::TempDir {
+    let room = statvfs("/dev/shm").is_ok_and(|fs| fs.f_bavail * fs.f_frsize > bytes);
+    let in_memory = room.then(|| tempfile::tempdir_in("/dev/shm"));
+    in_memory.unwrap_or_else(tempfile::tempdir).unwrap()
 }
 
 /// A tree with one of everything.
@@ -126,13 +134,16 @@ pub fn listing(root: &Path) -> BTreeMap<PathBuf, String> {
     all
 }
 
-/// Two trees must be the same.
+/// Two trees must be the same; shows where they are not, up to a point.
 pub fn same(ours: &BTreeMap<PathBuf, String>, theirs: &BTreeMap<PathBuf, String>) {
-    let names = |all: &BTreeMap<PathBuf, String>| all.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(ours), names(theirs));
-    for (path, about) in theirs {
-        assert_eq!(&ours[path], about, "{}", path.display());
-    }
+    let names: BTreeSet<_> = ours.keys().chain(theirs.keys()).collect();
+    let others: Vec<_> = names
+        .into_iter()
+        .map(|name| (name, ours.get(name), theirs.get(name)))
+        .filter(|(_, ours, theirs)| ours != theirs)
+        .take(5)
+        .collect();
+    assert!(others.is_empty(), "{others:#?}");
 }
 
 fn xattrs(path: &Path) -> Vec<(String, Vec<u8>)> {
