@@ -339,12 +339,7 @@ impl<R: Read> Archive<R> {
         let Some(part) = buffer.get_mut(..most).filter(|part| !part.is_empty()) else {
             return Ok(0);
         };
-        let count = loop {
-            match self.input.read(part) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                read => break read.map_err(ArchiveError::Read)?,
-            }
-        };
+        let count = read(&mut self.input, part)?;
         if count == 0 {
             return Err(ArchiveError::Truncated(self.name.clone()));
         }
@@ -353,14 +348,10 @@ impl<R: Read> Archive<R> {
     }
 
     fn read_exact_data(&mut self, buffer: &mut [u8]) -> Result<(), ArchiveError> {
-        let mut filled = 0;
-        while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            match self.read_data(rest)? {
-                0 => return Err(self.invalid("its data ends too early".into())),
-                count => filled += count,
-            }
+        match fill(buffer, |rest| self.read_data(rest))? {
+            count if count < buffer.len() => Err(self.invalid("its data ends too early".into())),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn set_data(&mut self, size: u64) {
@@ -410,17 +401,11 @@ impl<R: Read> Archive<R> {
 
     /// Fills a block, or tells that the stream ended before it.
     fn fill_or_end(&mut self, block: &mut [u8; BLOCK]) -> Result<bool, ArchiveError> {
-        let mut filled = 0;
-        while let Some(rest) = block.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            match self.input.read(rest) {
-                Ok(0) if filled == 0 => return Ok(false),
-                Ok(0) => return Err(ArchiveError::Truncated(self.name.clone())),
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(ArchiveError::Read(error)),
-            }
+        match fill(block, |rest| read(&mut self.input, rest))? {
+            0 => Ok(false),
+            BLOCK => Ok(true),
+            _ => Err(ArchiveError::Truncated(self.name.clone())),
         }
-        Ok(true)
     }
 
     fn fill(&mut self, block: &mut [u8; BLOCK]) -> Result<(), ArchiveError> {
@@ -474,6 +459,31 @@ impl<R: Read> Archive<R> {
         ArchiveError::Entry {
             name: self.name.clone(),
             what,
+        }
+    }
+}
+
+/// Reads until a buffer is full or there is no more. Says how much there was.
+fn fill(
+    buffer: &mut [u8],
+    mut read: impl FnMut(&mut [u8]) -> Result<usize, ArchiveError>,
+) -> Result<usize, ArchiveError> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match read(rest)? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    Ok(filled)
+}
+
+/// Reads what there is, whatever comes in between.
+fn read(input: &mut impl Read, buffer: &mut [u8]) -> Result<usize, ArchiveError> {
+    loop {
+        match input.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            read => return read.map_err(ArchiveError::Read),
         }
     }
 }
