@@ -114,6 +114,8 @@ fn image(store: &Store, dir: &Path) {
     tree(&lower);
     chown(lower.join("closed/in"), Some(5), Some(0)).unwrap();
     chown(lower.join("readonly/file"), Some(0), Some(42)).unwrap();
+    // A pipe's owner has no place.
+    chown(lower.join("fifo"), Some(5), Some(6)).unwrap();
     lsetxattr(lower.join("readonly"), "user.k", b"v", XattrFlags::empty()).unwrap();
     for root in [&lower, &upper] {
         mode(root, "closed", 0o0);
@@ -139,7 +141,21 @@ fn text(command: &mut Command) -> String {
 #[test]
 fn an_image_is_the_tree_that_umoci_makes_of_it_without_root() {
     let ground = Ground::new();
-    run(&mut ground.husk(&["pull", "-q", &ground.one()]));
+    let pulled = ground
+        .husk(&["--debug", "pull", "-q", &ground.one()])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(pulled.stderr).unwrap();
+    assert!(pulled.status.success(), "{said}");
+    for (what, of) in [
+        ("\"security.capability\"", "\"empty\""),
+        ("owner", "\"fifo\""),
+        ("device 1:3", "\"null\""),
+    ] {
+        let told =
+            |line: &str| line.contains("left out") && line.contains(what) && line.contains(of);
+        assert!(said.lines().any(told), "{what} {of}: {said}");
+    }
     let mut umoci = ground.user(Path::new("umoci"));
     umoci.args(["unpack", "--rootless", "--image"]);
     umoci.arg(format!("{}:one", ground.path("layout").display()));
@@ -178,6 +194,40 @@ fn what_was_unpacked_without_root_goes_again() {
     assert_eq!(text(&mut ground.husk(&["images"])).lines().count(), 3);
     let said = text(&mut ground.husk(&["prune", "--all", "--force"]));
     assert!(said.contains("Removed 4 blobs"), "{said}");
+}
+
+/// A file system without extended attributes. Dropped, it is unmounted.
+struct Plain(PathBuf);
+
+impl Plain {
+    fn new(at: PathBuf) -> Self {
+        fs::create_dir(&at).unwrap();
+        run(Command::new("mount")
+            .args(["-t", "ramfs", "ramfs"])
+            .arg(&at));
+        chown(&at, Some(NOBODY), Some(NOBODY)).unwrap();
+        Self(at)
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        run(Command::new("umount").arg(&self.0));
+    }
+}
+
+#[test]
+fn owners_that_cannot_be_kept_are_not_lost_in_silence() {
+    let ground = Ground::new();
+    let plain = Plain::new(ground.path("plain"));
+    let mut pull = ground.husk(&["pull", "-q", &ground.one()]);
+    let said = error(pull.env("HUSK_ROOT", plain.0.join("husk")), 1);
+    assert!(
+        said.contains("\"user.\" attribute") && said.contains("not supported"),
+        "{said}"
+    );
+    let layers = plain.0.join("husk/images/layers");
+    assert_eq!(fs::read_dir(layers).unwrap().count(), 0);
 }
 
 #[test]

@@ -50,7 +50,8 @@ pub enum Owners {
     #[default]
     Kept,
     /// The caller, who is not root. Whom the layer names is in an attribute of each file and directory (`user.rootlesscontainers`, as umoci
-    /// has it), a device is an empty file, and attributes that only root may set are left out.
+    /// has it), a device is an empty file, and attributes that only root may set are left out. A directory below that is closed to its owner
+    /// cannot be taken for granted.
     Caller,
 }
 

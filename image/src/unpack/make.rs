@@ -117,6 +117,7 @@ impl<R: Read> Unpacker<'_, R> {
             _ => (FileType::Fifo, 0),
         };
         if kind != FileType::Fifo && self.owners == Owners::Caller {
+            tracing::debug!("left out: device {major}:{minor}, {name:?} is an empty file");
             openat(dir, name, NEW, Mode::from_raw_mode(0o600)).map_err(fail)?;
             return Ok(Kind::File);
         }

@@ -175,7 +175,7 @@ impl Metadata {
             return Ok(1);
         }
         set_xattr(dir, name, OWNER, &record)
-            .map_err(|error| ("keep in an extended attribute the owner of", error))?;
+            .map_err(|error| ("keep in a \"user.\" attribute, which the store's file system must have, the owner of", error))?;
         Ok(0)
     }
 }
