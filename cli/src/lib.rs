@@ -30,5 +30,4 @@ mod spec;
 mod stats;
 mod table;
 mod terminal;
-mod trust;
 mod version;

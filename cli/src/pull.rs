@@ -9,22 +9,15 @@ use husk_image::{
     name::ImageName,
     pull::{Options, Pulled, pull as pull_image},
 };
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::{
     args,
     place::{Place, platform},
     progress::{self, Shown},
-    trust,
 };
-
-/// The most memory, in bytes, that a registry can make a pull take. A pull of whatever size needs a twentieth; tokens and errors are read by
-/// oci-client, which has no bound for them.
-const MEMORY: u64 = 1 << 30;
 
 /// For a container that wants an image which is not there. What the pull shows goes where errors go: the output is the container's.
 pub(crate) fn pull_for_run(place: &Place, name: &ImageName, quiet: bool) -> Result<Pulled> {
-    trust::ensure(place.root())?;
     let options = Options {
         platform: Platform::here(),
         limits: Limits::default(),
@@ -40,7 +33,6 @@ fn get(
     progress: Arc<dyn Shown>,
 ) -> Result<Pulled> {
     let store = place.store()?;
-    let _memory = MemoryLimit::set(MEMORY);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -58,7 +50,6 @@ fn get(
 }
 
 pub(crate) fn pull(place: &Place, args: &args::Pull) -> Result<()> {
-    trust::ensure(place.root())?;
     let name: ImageName = args.image.parse()?;
     let options = Options {
         platform: platform(args.platform.as_deref())?,
@@ -96,31 +87,4 @@ fn told(args: &args::Pull, name: &ImageName, pulled: &Pulled, was_there: bool) -
     }
     writeln!(out, "{name}")?;
     Ok(())
-}
-
-/// While it lives, this process gets no more memory. Programs that it starts have the limit too.
-struct MemoryLimit(Rlimit);
-
-impl MemoryLimit {
-    /// `None`: it has a stricter one.
-    fn set(most: u64) -> Option<Self> {
-        let old = getrlimit(Resource::Data);
-        if old.current.is_some_and(|current| current <= most) {
-            return None;
-        }
-        let new = Rlimit {
-            current: Some(most),
-            maximum: old.maximum,
-        };
-        // It is one's own, and lower than it was.
-        setrlimit(Resource::Data, new).ok()?;
-        Some(Self(old))
-    }
-}
-
-impl Drop for MemoryLimit {
-    fn drop(&mut self) {
-        // The hard limit was never changed, so it is allowed.
-        let _ = setrlimit(Resource::Data, self.0);
-    }
 }

@@ -1,23 +1,29 @@
 //! Registries, by the OCI distribution protocol: who may pull, documents, and blobs.
 //!
 //! A registry, and everything on the way to it, is hostile: what it sends is bounded and checked before it is believed, waiting for it has an
-//! end, and it learns no credentials but its own. `oci-client` speaks with it about tokens and blobs. Manifests are asked for here, as
-//! `oci-client` (0.18) reads one whole, whatever its size, and does not tell when a registry wants to be asked again.
+//! end, and it learns no credentials but its own. All of it goes through one question, [`Endpoint::get`], and one count of attempts;
+//! `oci-client` has the registries' errors. Its own client (0.18) reads tokens, manifests and errors whole, whatever their size.
 
+mod attempts;
+mod auth;
 mod blob;
 mod credentials;
 mod document;
+mod request;
 mod settings;
 mod tls;
 
-use std::{fs, time::Duration};
-
-use oci_client::{
-    Client as OciClient, RegistryOperation, errors::OciDistributionError, secrets::RegistryAuth,
+use std::{
+    fs,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
+
 use oci_spec::distribution::Reference;
 
+use auth::Authority;
 pub(crate) use blob::Sink;
+use credentials::Login;
 pub use settings::{FILE, Patience, Registry, Settings, SettingsError};
 
 use crate::{layer::Sha256Digest, manifest::ManifestError, name::ImageName, store::StoreError};
@@ -56,6 +62,16 @@ pub enum PullError {
         registry: String,
         /// What is wrong.
         why: String,
+    },
+    /// The token, and what shows who the puller is, would go in clear text to somebody.
+    #[error(
+        "{registry} wants the token for a pull to be asked of {realm}, which is not over TLS; `plain_http = true` for both hosts in registries.toml allows it"
+    )]
+    Realm {
+        /// Who wants it.
+        registry: String,
+        /// Whom to ask.
+        realm: String,
     },
     /// The file of certificates.
     #[error("the certificates for {registry} cannot be used: {why}")]
@@ -126,10 +142,13 @@ pub(crate) struct Endpoint {
     host: String,
     reference: Reference,
     is_plain: bool,
-    oci: OciClient,
     http: reqwest::Client,
-    auth: RegistryAuth,
+    /// Asks for tokens.
+    tokens: reqwest::Client,
+    authority: Authority,
     patience: Patience,
+    /// It has answered once: from then on, that nobody is there may pass.
+    is_there: AtomicBool,
 }
 
 impl Endpoint {
@@ -163,37 +182,22 @@ impl Endpoint {
         if let Some(path) = &told.ca_file {
             let data = fs::read(path)
                 .map_err(|e| bad_certificates(format!("reading {}: {e}", path.display())))?;
-            certificates = tls::split(&data)
+            certificates = tls::certificates(&data)
                 .map_err(|why| bad_certificates(format!("{}: {why}", path.display())))?;
         }
         let patience = settings.patience;
-        let (oci, http) =
-            tls::clients(&certificates, is_plain, patience).map_err(bad_certificates)?;
-        let auth = credentials::find(&host).await?;
+        let (http, tokens) = tls::clients(certificates, patience).map_err(bad_certificates)?;
+        let login = credentials::find(&host).await?;
         Ok(Self {
             host,
             reference,
             is_plain,
-            oci,
             http,
-            auth,
+            tokens,
+            authority: Authority::new(login, settings.clone()),
             patience,
+            is_there: AtomicBool::new(false),
         })
-    }
-
-    /// Asks for a token, if the registry wants one, and keeps it: what a later request would be told only as "unauthorized" is told here.
-    async fn token(&self) -> Result<Option<String>, Failure> {
-        let ask = self
-            .oci
-            .auth(&self.reference, &self.auth, RegistryOperation::Pull);
-        match tokio::time::timeout(self.patience.answer, ask).await {
-            Ok(Ok(token)) => Ok(token),
-            Ok(Err(OciDistributionError::AuthenticationFailure(why))) => {
-                Err(Failure::lasting(self.denied(&why)))
-            }
-            Ok(Err(error)) => Err(self.failed("asking for a token", error)),
-            Err(_) => Err(self.silent("asking for a token")),
-        }
     }
 
     /// What is being asked for.
@@ -202,9 +206,10 @@ impl Endpoint {
     }
 
     fn denied(&self, why: &str) -> PullError {
-        let who = match &self.auth {
-            RegistryAuth::Basic(user, _) => format!("the user {user:?}"),
-            _ => "a stranger".to_owned(),
+        let who = match &self.authority.login {
+            Login::User { name, .. } => format!("the user {name:?}"),
+            Login::Identity(_) => "whoever has this identity token".to_owned(),
+            Login::Nobody => "a stranger".to_owned(),
         };
         PullError::Denied {
             registry: self.host.clone(),
@@ -236,34 +241,16 @@ impl Endpoint {
         Failure::passing(self.registry_error(doing, &format!("no answer in {seconds} s")))
     }
 
-    /// What `oci-client` says.
-    fn failed(&self, doing: &str, error: OciDistributionError) -> Failure {
-        match error {
-            OciDistributionError::RequestError(error) => self.failed_request(doing, &error),
-            OciDistributionError::ServerError { code, message, .. } => {
-                self.refused(doing, code, &message)
-            }
-            OciDistributionError::UnauthorizedError { .. } => {
-                Failure::lasting(self.denied("the registry wants a login, or another one"))
-            }
-            OciDistributionError::RegistryError { envelope, .. } => {
-                let text = envelope.to_string();
-                let many = envelope
-                    .errors
-                    .iter()
-                    .any(|e| matches!(e.code, oci_client::errors::OciErrorCode::Toomanyrequests));
-                match many {
-                    true => Failure::passing(self.registry_error(doing, &text)),
-                    false => Failure::lasting(self.registry_error(doing, &text)),
-                }
-            }
-            other => Failure::lasting(self.registry_error(doing, &told_by(&other))),
-        }
+    /// It has answered.
+    fn heard(&self) {
+        self.is_there.store(true, Ordering::Relaxed);
     }
 
     /// The way to it, or the stream from it, broke.
     fn failed_request(&self, doing: &str, error: &reqwest::Error) -> Failure {
-        let lasting = error.is_builder() || error.is_redirect();
+        // Nobody is there: another attempt in a moment is not what the puller waits for.
+        let is_nobody = error.is_connect() && !self.is_there.load(Ordering::Relaxed);
+        let lasting = error.is_builder() || error.is_redirect() || is_nobody;
         let error = self.registry_error(doing, &told_by(error));
         if lasting {
             Failure::lasting(error)

@@ -1,4 +1,4 @@
-//! Images from a registry, as it is and as it should not be: Debian's docker-registry, filled by skopeo, and a proxy that misbehaves.
+//! Images from a registry as it should be, and cut off: Debian's docker-registry, filled by skopeo.
 
 #![allow(
     clippy::unwrap_used,
@@ -7,188 +7,30 @@
 )]
 
 mod common;
+#[path = "common/ground.rs"]
+mod ground;
 #[path = "common/images.rs"]
 mod images;
 #[path = "common/registry.rs"]
 mod registry;
 
 use std::{
-    collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
     process::Command,
     sync::{Arc, Mutex},
-    time::Duration,
 };
 
-use common::{listing, run, tree};
+use common::{listing, run};
+use ground::{Ground, LONG, long, noise, options, pull_at, pull_with, ranges};
 use husk_image::{
-    layer::{Limits, Sha256Digest},
-    manifest::{ManifestError, Platform},
-    name::ImageName,
-    pull::{Event, Options, Progress, Pulled, pull},
-    registry::{Patience, PullError, Registry as Said, Settings},
-    store::{Store, StoreError},
+    layer::Sha256Digest,
+    manifest::Platform,
+    registry::{PullError, Registry as Said},
+    store::Store,
 };
-use images::{add, layer, publish, publish_as};
-use registry::{Fault, Proxy, Registry, Request};
+use images::{add, publish_as};
+use registry::{Fault, Proxy, Registry, certificate};
 use serde_json::json;
-
-/// Bytes of the file that makes the upper layer long.
-const LONG: usize = 3 << 20;
-
-/// Short, as nothing here is far away, but longer than a busy machine takes to answer.
-const PATIENCE: Patience = Patience {
-    connect: Duration::from_secs(5),
-    idle: Duration::from_secs(6),
-    answer: Duration::from_secs(20),
-    attempts: 3,
-    pause: Duration::from_millis(10),
-};
-
-/// A registry with the image `app:1`, and where it came from.
-struct Ground {
-    registry: Registry,
-    dir: tempfile::TempDir,
-    /// The image's blobs: its layers, the lowest first.
-    layers: Vec<Sha256Digest>,
-}
-
-impl Ground {
-    fn new(flags: &[&str]) -> Self {
-        Self::on(Registry::new(), flags)
-    }
-
-    fn on(registry: Registry, flags: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let layout = dir.path().join("layout");
-        let store = Store::open(&layout).unwrap();
-        let (lower, upper) = (dir.path().join("lower"), dir.path().join("upper"));
-        fs::create_dir(&lower).unwrap();
-        tree(&lower);
-        fs::create_dir(&upper).unwrap();
-        fs::write(upper.join("long"), noise(LONG)).unwrap();
-        publish(&store, "app", &[layer(&lower), layer(&upper)]);
-        registry.push(&layout, "app", "app:1", flags);
-        let image = store.image("app", &Platform::here()).unwrap().unwrap();
-        Self {
-            registry,
-            dir,
-            layers: image.layers.iter().map(|layer| layer.digest).collect(),
-        }
-    }
-
-    fn store(&self, name: &str) -> Store {
-        Store::open(&self.dir.path().join(name)).unwrap()
-    }
-
-    /// A proxy that has this fault for the upper layer's blob, as often as said.
-    fn bad_blob(&self, times: usize, fault: Fault) -> Proxy {
-        let blob = format!("blobs/{}", self.layers[1]);
-        Proxy::new(&self.registry.host, move |request, before| {
-            if request.path.contains(&blob) && before < times {
-                fault.clone()
-            } else {
-                Fault::None
-            }
-        })
-    }
-}
-
-/// Bytes that no compression shortens, always the same.
-fn noise(length: usize) -> Vec<u8> {
-    let mut state = 88_172_645_463_325_252_u64;
-    let mut bytes = Vec::with_capacity(length);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes
-}
-
-/// What a pull tells, as words.
-#[derive(Debug, Default)]
-struct Told(Mutex<Vec<String>>);
-
-impl Told {
-    fn count(&self, word: &str) -> usize {
-        let told = self.0.lock().unwrap();
-        told.iter().filter(|said| said.starts_with(word)).count()
-    }
-}
-
-impl Progress for Told {
-    fn event(&self, event: Event<'_>) {
-        let said = match event {
-            Event::Asking { registry } => format!("asking {registry}"),
-            Event::NextRegistry { registry, error } => format!("next after {registry}: {error}"),
-            Event::Layer { digest, size } => format!("layer {digest} of {size}"),
-            Event::Fetched { digest, bytes } => format!("fetched {digest} {bytes}"),
-            Event::There { digest } => format!("there {digest}"),
-            Event::Again { digest, error, .. } => format!("again {digest}: {error}"),
-            Event::Unpacked { digest } => format!("unpacked {digest}"),
-        };
-        self.0.lock().unwrap().push(said);
-    }
-}
-
-fn options() -> Options {
-    Options {
-        platform: Platform::here(),
-        limits: Limits::default(),
-        settings: Settings {
-            registry: BTreeMap::new(),
-            patience: PATIENCE,
-        },
-    }
-}
-
-fn pull_with(
-    store: &Store,
-    name: &str,
-    options: &Options,
-    told: &Arc<Told>,
-) -> Result<Pulled, PullError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap();
-    let name: ImageName = name.parse().unwrap();
-    runtime.block_on(pull(
-        store,
-        &name,
-        options,
-        Arc::clone(told) as Arc<dyn Progress>,
-    ))
-}
-
-fn pull_at(store: &Store, host: &str) -> Result<(Pulled, Arc<Told>), PullError> {
-    let told = Arc::default();
-    let pulled = pull_with(store, &format!("{host}/app:1"), &options(), &told)?;
-    Ok((pulled, told))
-}
-
-/// The long file, as the topmost layer has it.
-fn long(pulled: &Pulled) -> Vec<u8> {
-    fs::read(pulled.layers[0].join("long")).unwrap()
-}
-
-fn ranges(proxy: &Proxy, digest: &Sha256Digest) -> Vec<String> {
-    let blob = format!("blobs/{digest}");
-    let is_it = |request: &&Request| request.path.contains(&blob);
-    let seen = proxy.seen();
-    let range = |request: &Request| request.header("range").unwrap_or_default().to_owned();
-    seen.iter().filter(is_it).map(range).collect()
-}
-
-/// Is nothing left but what the store had before?
-fn is_empty(store: &Store, dir: &Path) -> bool {
-    let none = |name: &str| fs::read_dir(dir.join(name)).unwrap().next().is_none();
-    store.names().unwrap().is_empty() && none("layers")
-}
 
 #[test]
 fn an_image_comes_whole_by_tag_and_by_digest() {
@@ -300,30 +142,6 @@ fn a_pull_that_was_given_up_is_gone_on_with_by_the_next() {
 }
 
 #[test]
-fn another_blob_than_promised_is_refused() {
-    let ground = Ground::new(&[]);
-    for (at, fault) in [
-        Fault::Corrupt(2_000_000),
-        Fault::Corrupt(3),
-        Fault::Longer(vec![0; 100]),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let proxy = ground.bad_blob(usize::MAX, fault.clone());
-        let store = ground.store(&at.to_string());
-        let error = pull_at(&store, &proxy.host).unwrap_err();
-        let is_told =
-            matches!(&error, PullError::Other { expected, .. } if *expected == ground.layers[1]);
-        assert!(is_told, "{fault:?}: {error}");
-        // It is not there under any name, and the right one can be had.
-        assert!(store.names().unwrap().is_empty());
-        let (pulled, _) = pull_at(&store, &ground.registry.host).unwrap();
-        assert_eq!(long(&pulled), noise(LONG));
-    }
-}
-
-#[test]
 fn a_rest_that_a_power_cut_has_spoilt_is_fetched_anew() {
     let ground = Ground::new(&[]);
     let store = ground.store("store");
@@ -341,126 +159,6 @@ fn a_rest_that_a_power_cut_has_spoilt_is_fetched_anew() {
         ["bytes=500000-", "bytes=0-"]
     );
     assert!(!rest.exists());
-}
-
-#[test]
-fn a_busy_registry_is_asked_again_and_one_that_refuses_is_not() {
-    let ground = Ground::new(&[]);
-    let busy = |status, headers: &'static str, times: usize, part: &'static str| {
-        Proxy::new(&ground.registry.host, move |request, before| {
-            if request.path.contains(part) && before < times {
-                let text = br#"{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow down"}]}"#;
-                Fault::Answer(status, headers.to_owned(), text.to_vec())
-            } else {
-                Fault::None
-            }
-        })
-    };
-    for (status, headers) in [(429, "Retry-After: 1\r\n"), (429, ""), (503, ""), (500, "")] {
-        for part in ["/manifests/", "/blobs/"] {
-            let proxy = busy(status, headers, 2, part);
-            let store = ground.store(&format!("{status}{}{}", headers.len(), &part[1..4]));
-            pull_at(&store, &proxy.host).unwrap();
-        }
-    }
-    let proxy = busy(429, "", usize::MAX, "/manifests/");
-    let error = pull_at(&ground.store("never"), &proxy.host).unwrap_err();
-    assert!(error.to_string().contains("slow down"), "{error}");
-    assert_eq!(
-        proxy
-            .seen()
-            .iter()
-            .filter(|r| r.path.contains("manifests"))
-            .count(),
-        3
-    );
-    // What no attempt changes.
-    let told = Arc::default();
-    let proxy = Proxy::new(&ground.registry.host, |_, _| Fault::None);
-    for name in ["app:2", "nobody/none:1"] {
-        let name = format!("{}/{name}", proxy.host);
-        let error = pull_with(&ground.store("none"), &name, &options(), &told).unwrap_err();
-        assert!(matches!(error, PullError::NotFound { .. }), "{error}");
-        assert!(error.to_string().contains(&name), "{error}");
-    }
-    assert_eq!(
-        proxy
-            .seen()
-            .iter()
-            .filter(|r| r.path.contains("manifests"))
-            .count(),
-        2
-    );
-}
-
-#[test]
-fn a_registry_that_lies_about_a_manifest_is_found_out() {
-    let ground = Ground::new(&[]);
-    let store = ground.store("store");
-    let (right, _) = pull_at(&store, &ground.registry.host).unwrap();
-    let manifests = |fault: Fault| {
-        Proxy::new(&ground.registry.host, move |request, _| {
-            if request.path.contains("/manifests/") {
-                fault.clone()
-            } else {
-                Fault::None
-            }
-        })
-    };
-    let fresh = ground.store("fresh");
-    let told = Arc::default();
-    // One that never ends is not waited for.
-    let proxy = manifests(Fault::Endless);
-    let error = pull_at(&fresh, &proxy.host).unwrap_err();
-    assert!(
-        matches!(error, PullError::Image(ManifestError::TooLarge { .. })),
-        "{error}"
-    );
-    // Another than the digest asked for.
-    let proxy = manifests(Fault::Corrupt(30));
-    let name = format!("{}/app@{}", proxy.host, right.digest);
-    let error = pull_with(&fresh, &name, &options(), &told).unwrap_err();
-    assert!(
-        matches!(error, PullError::Other { expected, .. } if expected == right.digest),
-        "{error}"
-    );
-    // No manifest at all, and one that says what is not so.
-    let text = br#"<html>log in to the hotel's network</html>"#.to_vec();
-    let html = "Content-Type: text/html\r\n".to_owned();
-    let proxy = manifests(Fault::Answer(200, html, text));
-    let error = pull_at(&fresh, &proxy.host).unwrap_err();
-    assert!(
-        matches!(error, PullError::Image(ManifestError::Parse { .. })),
-        "{error}"
-    );
-    assert!(is_empty(&fresh, &ground.dir.path().join("fresh")));
-}
-
-#[test]
-fn a_layer_that_is_not_the_configurations_is_refused() {
-    let ground = Ground::new(&[]);
-    let layout = ground.dir.path().join("lying");
-    let store = Store::open(&layout).unwrap();
-    let (blob, _) = layer(&ground.dir.path().join("upper"));
-    publish(
-        &store,
-        "liar",
-        &[(blob, Sha256Digest::of(b"something else"))],
-    );
-    ground.registry.push(&layout, "liar", "app:liar", &[]);
-    let bomb = run(Command::new("sh").args(["-c", "head -c 300M /dev/zero | gzip -9"]));
-    publish(&store, "bomb", &[(bomb, Sha256Digest::of(b""))]);
-    ground.registry.push(&layout, "bomb", "app:bomb", &[]);
-    for (tag, words) in [("liar", "diffID"), ("bomb", "")] {
-        let store = ground.store(tag);
-        let name = format!("{}/app:{tag}", ground.registry.host);
-        let error = pull_with(&store, &name, &options(), &Arc::default()).unwrap_err();
-        let PullError::Store(StoreError::Apply { source, .. }) = &error else {
-            panic!("{tag}: {error}");
-        };
-        assert!(source.to_string().contains(words), "{source}");
-        assert!(is_empty(&store, &ground.dir.path().join(tag)));
-    }
 }
 
 #[test]
@@ -592,30 +290,12 @@ fn an_index_leads_to_this_machines_image() {
 #[test]
 fn tls_wants_a_certificate_that_is_trusted() {
     let dir = tempfile::tempdir().unwrap();
-    let path = |name: &str| dir.path().join(name).display().to_string();
-    let (key, certificate) = (path("key.pem"), path("cert.pem"));
-    let mut openssl = Command::new("openssl");
-    openssl.args([
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]);
-    openssl.args([
-        "-subj",
-        "/CN=test",
-        "-addext",
-        "subjectAltName=IP:127.0.0.1",
-        "-addext",
-        "basicConstraints=critical,CA:FALSE",
-    ]);
-    run(openssl.args(["-keyout", &key, "-out", &certificate]));
-    let tls = format!("  tls:\n    certificate: {certificate}\n    key: {key}\n");
+    let (key, certificate) = certificate(dir.path());
+    let tls = format!(
+        "  tls:\n    certificate: {}\n    key: {}\n",
+        certificate.display(),
+        key.display()
+    );
     let ground = Ground::on(Registry::with(&tls), &[]);
     let host = &ground.registry.host;
     let try_with = |said: Said| {
@@ -631,14 +311,12 @@ fn tls_wants_a_certificate_that_is_trusted() {
     };
     let error = try_with(tls(None)).unwrap_err().to_string();
     assert!(error.to_lowercase().contains("certificate"), "{error}");
-    let error = try_with(tls(Some(PathBuf::from(&key))))
-        .unwrap_err()
-        .to_string();
+    let error = try_with(tls(Some(key))).unwrap_err().to_string();
     assert!(
         error.contains("key.pem") && error.contains("no certificate"),
         "{error}"
     );
-    let pulled = try_with(tls(Some(PathBuf::from(&certificate)))).unwrap();
+    let pulled = try_with(tls(Some(certificate))).unwrap();
     assert_eq!(long(&pulled), noise(LONG));
     // Spoken to without TLS, as loopback is, it does not speak HTTP.
     let error = try_with(Said::default()).unwrap_err().to_string();
@@ -646,27 +324,4 @@ fn tls_wants_a_certificate_that_is_trusted() {
         error.contains("manifest") || error.contains("token"),
         "{error}"
     );
-}
-
-#[test]
-fn a_token_is_fetched_where_the_registry_says() {
-    let ground = Ground::new(&[]);
-    let proxy = Proxy::new(&ground.registry.host, |request, _| {
-        let host = request.header("host").unwrap().to_owned();
-        if request.path.starts_with("/token?") {
-            let text = match request.path.contains("scope=repository%3Aapp%3Apull") {
-                true => &br#"{"token": "let-me-in", "expires_in": 300}"#[..],
-                false => b"{}",
-            };
-            return Fault::Answer(200, String::new(), text.to_vec());
-        }
-        if request.header("authorization") == Some("Bearer let-me-in") {
-            return Fault::None;
-        }
-        let challenge =
-            format!("WWW-Authenticate: Bearer realm=\"http://{host}/token\",service=\"test\"\r\n");
-        Fault::Answer(401, challenge, Vec::new())
-    });
-    let (pulled, _) = pull_at(&ground.store("store"), &proxy.host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
 }

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use futures::StreamExt as _;
-use oci_client::client::BlobResponse;
+use reqwest::{
+    Response, StatusCode,
+    header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE},
+};
 
-use super::{Endpoint, Failure, PullError, document::pause_before, told_by};
+use super::{Endpoint, Failure, PullError, attempts::Attempts};
 use crate::{manifest::Named, store::StoreError};
 
 /// What takes a blob's bytes in their order.
@@ -30,8 +32,7 @@ impl Endpoint {
         named: &Named,
         sink: &mut (dyn Sink + Send),
     ) -> Result<(), PullError> {
-        const ALL: u32 = 100;
-        let (mut vain, mut all) = (0, 0);
+        let mut attempts = Attempts::new(self.patience);
         while sink.written() < named.size {
             let before = sink.written();
             let failure = match self.try_blob(named, sink).await {
@@ -41,16 +42,12 @@ impl Endpoint {
                     Failure::passing(self.registry_error(&doing(named), &why))
                 }
                 Ok(()) => break,
+                // All has come, without a proper end.
+                Err(failure) if failure.passing && sink.written() >= named.size => break,
                 Err(failure) => failure,
             };
-            all += 1;
-            vain = if sink.written() > before { 1 } else { vain + 1 };
-            if !failure.passing || vain >= self.patience.attempts || all >= ALL {
-                return Err(failure.error);
-            }
-            let pause = self.patience.pause * 2_u32.saturating_pow(vain.min(16) - 1);
-            let pause = pause_before(failure.after, pause);
-            sink.again(pause, &failure.error);
+            let (pause, error) = attempts.after(failure, sink.written() > before)?;
+            sink.again(pause, &error);
             tokio::time::sleep(pause).await;
         }
         Ok(())
@@ -58,31 +55,35 @@ impl Endpoint {
 
     async fn try_blob(&self, named: &Named, sink: &mut (dyn Sink + Send)) -> Result<(), Failure> {
         let doing = doing(named);
-        self.oci
-            .store_auth_if_needed(self.reference.resolve_registry(), &self.auth)
-            .await;
-        let digest = named.digest.to_string();
-        let ask =
-            self.oci
-                .pull_blob_stream_partial(&self.reference, &*digest, sink.written(), None);
-        // The answer's head: then the stream has the idle time-out. An error's text is read in here.
-        let answer = match tokio::time::timeout(self.patience.answer, ask).await {
-            Ok(answer) => answer.map_err(|error| self.failed(&doing, error))?,
+        let url = self.url("blobs", &named.digest.to_string());
+        let mut headers = HeaderMap::new();
+        // Digits are of what a header's value may have.
+        if let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", sink.written())) {
+            headers.insert(RANGE, range);
+        }
+        // The answer's head: then the stream has the idle time-out.
+        let ask = self.get(&doing, &url, headers);
+        let mut response = match tokio::time::timeout(self.patience.answer, ask).await {
+            Ok(response) => response?,
             Err(_) => return Err(self.silent(&doing)),
         };
-        let mut stream = match answer {
-            BlobResponse::Partial(stream) => stream.stream,
-            BlobResponse::Full(stream) => {
-                // It does not do ranges.
-                if sink.written() > 0 {
-                    sink.restart().map_err(Failure::lasting)?;
-                }
-                stream.stream
+        // Who does not say where it begins does as asked; the digest tells.
+        match begins_at(&response).unwrap_or(sink.written()) {
+            begin if begin == sink.written() => {}
+            // It does not do ranges.
+            0 => sink.restart().map_err(Failure::lasting)?,
+            other => {
+                let why = format!("{other} is where it begins, not {}", sink.written());
+                sink.restart().map_err(Failure::lasting)?;
+                return Err(Failure::passing(self.registry_error(&doing, &why)));
             }
-        };
-        while let Some(data) = stream.next().await {
-            let data = data
-                .map_err(|error| Failure::passing(self.registry_error(&doing, &told_by(&error))))?;
+        }
+        loop {
+            let data = match response.chunk().await {
+                Ok(Some(data)) => data,
+                Ok(None) => return Ok(()),
+                Err(error) => return Err(self.failed_request(&doing, &error)),
+            };
             match tokio::task::block_in_place(|| sink.write(&data)) {
                 Ok(()) => {}
                 Err(PullError::Store(StoreError::WrongBlob { expected, found })) => {
@@ -91,10 +92,40 @@ impl Endpoint {
                 Err(error) => return Err(Failure::lasting(error)),
             }
         }
-        Ok(())
     }
+}
+
+/// The place of an answer's first byte in the blob (RFC 9110, section 14.4).
+fn begins_at(response: &Response) -> Option<u64> {
+    match response.status() {
+        StatusCode::PARTIAL_CONTENT => {
+            let told = response.headers().get(CONTENT_RANGE)?;
+            begin(told.to_str().ok()?)
+        }
+        _ => Some(0),
+    }
+}
+
+fn begin(range: &str) -> Option<u64> {
+    let range = range.trim().strip_prefix("bytes")?;
+    let (begin, _) = range.trim_start().split_once('-')?;
+    begin.trim_end().parse().ok()
 }
 
 fn doing(named: &Named) -> String {
     format!("fetching {}", named.digest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_says_where_it_begins() {
+        assert_eq!(begin("bytes 7-9/10"), Some(7));
+        assert_eq!(begin("bytes 0-9/*"), Some(0));
+        for none in ["", "bytes", "bytes */10", "items 7-9/10", "bytes -9/10"] {
+            assert_eq!(begin(none), None, "{none}");
+        }
+    }
 }

@@ -5,9 +5,18 @@ use std::{env, fs::File, io::BufReader, path::PathBuf, time::Duration};
 use docker_credential::{
     CredentialRetrievalError as Error, DockerCredential, get_credential_from_reader,
 };
-use oci_client::secrets::RegistryAuth;
 
 use super::PullError;
+
+/// As whom to pull.
+pub(super) enum Login {
+    /// Nobody in particular.
+    Nobody,
+    /// A user, with a password or what the registry takes instead of one.
+    User { name: String, password: String },
+    /// Whoever this has been given to, as a login in a browser ends (OAuth's refresh token).
+    Identity(String),
+}
 
 /// How long a helper may take; it may ask a key ring, or its user.
 const HELPER: Duration = Duration::from_secs(60);
@@ -22,7 +31,7 @@ const NOT_FOUND: &str = "credentials not found";
 ///
 /// # Errors
 /// When there are some that cannot be had or used: an anonymous attempt would fail with the wrong reason.
-pub(super) async fn find(registry: &str) -> Result<RegistryAuth, PullError> {
+pub(super) async fn find(registry: &str) -> Result<Login, PullError> {
     let failed = |why: String| PullError::Credentials {
         registry: registry.to_owned(),
         why,
@@ -47,7 +56,7 @@ pub(super) async fn find(registry: &str) -> Result<RegistryAuth, PullError> {
             )));
         }
     };
-    Ok(found.unwrap_or(RegistryAuth::Anonymous))
+    Ok(found.unwrap_or(Login::Nobody))
 }
 
 /// Where the two look (docs.docker.com, "DOCKER_CONFIG"; containers-auth.json(5)).
@@ -72,19 +81,18 @@ fn files() -> Vec<PathBuf> {
     ]
 }
 
-fn look_in(path: &PathBuf, server: &str) -> Result<Option<RegistryAuth>, String> {
+fn look_in(path: &PathBuf, server: &str) -> Result<Option<Login>, String> {
     // A file that cannot be opened is, nearly always, none.
     let Ok(file) = File::open(path) else {
         return Ok(None);
     };
     let of = |why: &str| format!("{why} (in {})", path.display());
     match get_credential_from_reader(BufReader::new(file), server) {
-        Ok(DockerCredential::UsernamePassword(user, password)) => {
-            Ok(Some(RegistryAuth::Basic(user, password)))
-        }
-        Ok(DockerCredential::IdentityToken(_)) => Err(of(
-            "they are an identity token, which husk cannot use; log in with a user name and a password or access token",
-        )),
+        Ok(DockerCredential::UsernamePassword(user, password)) => Ok(Some(Login::User {
+            name: user,
+            password,
+        })),
+        Ok(DockerCredential::IdentityToken(token)) => Ok(Some(Login::Identity(token))),
         Err(Error::NoCredentialConfigured) => Ok(None),
         Err(Error::HelperFailure { stdout, stderr, .. })
             if stdout.contains(NOT_FOUND) || stderr.contains(NOT_FOUND) =>
@@ -101,7 +109,7 @@ mod tests {
 
     use super::*;
 
-    fn look(text: &str, server: &str) -> Result<Option<RegistryAuth>, String> {
+    fn look(text: &str, server: &str) -> Result<Option<Login>, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
         fs::write(&path, text).unwrap();
@@ -115,21 +123,27 @@ mod tests {
             r#"{{"auths": {{"{HUB}": {{"auth": "dXNlcjpzZWNyZXQ="}}, "localhost:5000": {{"auth": "dXNlcjpzZWNyZXQ="}}}}}}"#
         );
         for server in [HUB, "localhost:5000"] {
-            let RegistryAuth::Basic(user, password) = look(&text, server).unwrap().unwrap() else {
+            let Login::User { name, password } = look(&text, server).unwrap().unwrap() else {
                 panic!("no user for {server}");
             };
-            assert_eq!((&*user, &*password), ("user", "secret"));
+            assert_eq!((&*name, &*password), ("user", "secret"));
         }
         assert!(look(&text, "other").unwrap().is_none());
         assert!(look("{}", HUB).unwrap().is_none());
     }
 
     #[test]
-    fn what_cannot_be_used_is_said() {
-        assert!(look("{", "x").unwrap_err().contains("config.json"));
+    fn an_identity_token_is_no_password() {
         let token = r#"{"auths": {"x": {"auth": "dTo=", "identitytoken": "t"}}}"#;
-        assert!(look(token, "x").unwrap_err().contains("identity token"));
+        let found = look(token, "x").ok().flatten();
+        assert!(matches!(found, Some(Login::Identity(token)) if token == "t"));
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_said() {
+        let said = |text| look(text, "x").err().unwrap();
+        assert!(said("{").contains("config.json"));
         let helper = r#"{"credHelpers": {"x": "husk-test-of-a-helper-that-is-not-there"}}"#;
-        assert!(look(helper, "x").unwrap_err().contains("helper"));
+        assert!(said(helper).contains("helper"));
     }
 }

@@ -113,6 +113,23 @@ impl Drop for Registry {
     }
 }
 
+/// A key and a certificate for 127.0.0.1, in two files of this directory.
+pub fn certificate(dir: &Path) -> (PathBuf, PathBuf) {
+    let (key, certificate) = (dir.join("key.pem"), dir.join("cert.pem"));
+    let mut openssl = Command::new("openssl");
+    openssl.args(["req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"]);
+    openssl.args(["-pkeyopt", "ec_paramgen_curve:prime256v1"]);
+    openssl.args([
+        "-subj",
+        "/CN=test",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]);
+    openssl.args(["-addext", "basicConstraints=critical,CA:FALSE", "-keyout"]);
+    run(openssl.arg(&key).arg("-out").arg(&certificate));
+    (key, certificate)
+}
+
 /// What the proxy does with a request.
 #[derive(Debug, Clone)]
 pub enum Fault {
@@ -120,6 +137,8 @@ pub enum Fault {
     None,
     /// This answer instead: status, more header lines, body.
     Answer(u16, String, Vec<u8>),
+    /// The same without an end to the body.
+    EndlessAnswer(u16, String),
     /// After so many bytes of the body the connection ends.
     CutOff(usize),
     /// After so many bytes of the body nothing comes any more.
@@ -141,6 +160,8 @@ pub struct Request {
     pub path: String,
     /// All of the head.
     pub head: String,
+    /// What came with it.
+    pub body: String,
 }
 
 impl Request {
@@ -212,6 +233,13 @@ fn without(head: &str, names: &[&str]) -> String {
     lines.join("\r\n")
 }
 
+/// Until the client has had enough.
+fn endless(client: &mut TcpStream) -> std::io::Result<()> {
+    loop {
+        client.write_all(&[b' '; 64 << 10])?;
+    }
+}
+
 /// One request a connection.
 fn serve(
     mut client: TcpStream,
@@ -221,7 +249,17 @@ fn serve(
 ) -> std::io::Result<()> {
     let asked = head(&mut client)?;
     let path = asked.split(' ').nth(1).unwrap_or_default().to_owned();
-    let request = Request { path, head: asked };
+    let mut request = Request {
+        path,
+        head: asked,
+        body: String::new(),
+    };
+    let length = request
+        .header("content-length")
+        .and_then(|n| n.parse().ok());
+    let mut body = vec![0; length.unwrap_or(0)];
+    client.read_exact(&mut body)?;
+    request.body = String::from_utf8_lossy(&body).into_owned();
     let before = {
         let mut log = log.lock().unwrap();
         let before = log.iter().filter(|old| old.path == request.path).count();
@@ -236,6 +274,11 @@ fn serve(
         );
         client.write_all(head.as_bytes())?;
         return client.write_all(body);
+    }
+    if let Fault::EndlessAnswer(status, headers) = &fault {
+        let head = format!("HTTP/1.1 {status} said\r\n{headers}Connection: close\r\n\r\n");
+        client.write_all(head.as_bytes())?;
+        return endless(&mut client);
     }
     let mut drop = vec!["connection"];
     if matches!(fault, Fault::NoRange) {
@@ -272,11 +315,11 @@ fn serve(
         }
         Fault::Endless => {
             client.write_all(&body)?;
-            loop {
-                client.write_all(&[b' '; 64 << 10])?;
-            }
+            endless(&mut client)?;
         }
-        Fault::None | Fault::NoRange | Fault::Answer(..) => client.write_all(&body)?,
+        Fault::None | Fault::NoRange | Fault::Answer(..) | Fault::EndlessAnswer(..) => {
+            client.write_all(&body)?
+        }
     }
     client.shutdown(Shutdown::Write)
 }
