@@ -8,6 +8,8 @@
 
 #[path = "../../image/tests/common/mod.rs"]
 mod common;
+#[path = "common/ground.rs"]
+mod ground;
 #[path = "../../image/tests/common/images.rs"]
 mod images;
 #[path = "../../image/tests/common/registry.rs"]
@@ -15,103 +17,17 @@ mod registry;
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
     path::Path,
-    process::{Child, Command, Output, Stdio},
+    process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use common::{listing, run, tree};
+use common::{listing, run};
+use ground::{Ground, LONG, error, noise, output, text};
 use husk_image::{manifest::Platform, store::Store};
-use images::{layer, publish};
-use registry::{Fault, Proxy, Registry};
+use registry::{Fault, Proxy};
 use serde_json::Value;
-
-/// Bytes of the file in each image's upper layer.
-const LONG: usize = 3 << 20;
-
-/// A registry with `one:1` and `two:1`, which have their lower layer in common.
-struct Ground {
-    registry: Registry,
-    dir: tempfile::TempDir,
-}
-
-impl Ground {
-    fn new() -> Self {
-        Self::on(Registry::new(), &[])
-    }
-
-    fn on(registry: Registry, flags: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let layout = dir.path().join("layout");
-        let store = Store::open(&layout).unwrap();
-        let lower = dir.path().join("lower");
-        fs::create_dir(&lower).unwrap();
-        tree(&lower);
-        let lower = layer(&lower);
-        for (name, byte) in [("one", 1), ("two", 2)] {
-            let upper = dir.path().join(name);
-            fs::create_dir(&upper).unwrap();
-            fs::write(upper.join("long"), noise(byte)).unwrap();
-            publish(&store, name, &[lower.clone(), layer(&upper)]);
-            registry.push(&layout, name, &format!("{name}:1"), flags);
-        }
-        Self { registry, dir }
-    }
-
-    /// `husk`, with a home of its own.
-    fn husk(&self, args: &[&str]) -> Command {
-        self.husk_in("root", args)
-    }
-
-    fn husk_in(&self, root: &str, args: &[&str]) -> Command {
-        let mut husk = Command::new(env!("CARGO_BIN_EXE_husk"));
-        let home = self.dir.path().join("home");
-        husk.env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap())
-            .env("HOME", home)
-            .env("HUSK_ROOT", self.dir.path().join(root))
-            .arg("--registries")
-            .arg(self.dir.path().join("registries.toml"))
-            .args(args)
-            .stdin(Stdio::null());
-        husk
-    }
-
-    fn one(&self) -> String {
-        format!("{}/one:1", self.registry.host)
-    }
-}
-
-fn noise(seed: u8) -> Vec<u8> {
-    let mut state = 88_172_645_463_325_252_u64 ^ u64::from(seed);
-    let mut bytes = Vec::with_capacity(LONG);
-    while bytes.len() < LONG {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes
-}
-
-fn output(command: &mut Command) -> Output {
-    command.output().unwrap()
-}
-
-/// What a command prints; it must succeed.
-fn text(command: &mut Command) -> String {
-    String::from_utf8(run(command)).unwrap()
-}
-
-/// What a command says on standard error; it must fail with this code.
-fn error(command: &mut Command, code: i32) -> String {
-    let output = output(command);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "{command:?}: {said}");
-    said
-}
 
 fn json(text: &str) -> Vec<Value> {
     let lines = text.lines();
@@ -273,82 +189,6 @@ fn images_travel_in_archives() {
     assert!(said.contains("no/such/dir"), "{said}");
     assert!(!error(&mut ground.husk(&["save", "-o", &path("x"), "nothing"]), 1).is_empty());
     assert!(!Path::new(&path("x")).exists());
-}
-
-#[test]
-fn a_login_is_found_where_docker_and_podman_leave_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let users = dir.path().join("htpasswd");
-    // htpasswd -nbB user secret
-    let line = "user:$2b$04$lBQU9E.wP0wiByNAxrga8uQQvpR8ffTzXByRQPiTEswPly3uDt8y2\n";
-    fs::write(&users, line).unwrap();
-    let settings = format!(
-        "auth:\n  htpasswd:\n    realm: test\n    path: {}\n",
-        users.display()
-    );
-    let ground = Ground::on(Registry::with(&settings), &["--dest-creds=user:secret"]);
-    let (one, host) = (ground.one(), &ground.registry.host);
-    let said = error(&mut ground.husk(&["pull", &one]), 1);
-    assert!(
-        said.contains("a stranger") && said.contains(&format!("docker login {host}")),
-        "{said}"
-    );
-    let config = |name: &str, text: &str| {
-        let path = ground.dir.path().join(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, text).unwrap();
-        path
-    };
-    // "user:secret" and "user:wrong"
-    let auth = |auth: &str| format!(r#"{{"auths": {{"{host}": {{"auth": "{auth}"}}}}}}"#);
-    let (right, wrong) = (auth("dXNlcjpzZWNyZXQ="), auth("dXNlcjp3cm9uZw=="));
-    let docker = config("docker/config.json", &wrong);
-    let with_docker = |root: &str| {
-        let mut husk = ground.husk_in(root, &["pull", "-q", &one]);
-        husk.env("DOCKER_CONFIG", docker.parent().unwrap());
-        husk
-    };
-    let said = error(&mut with_docker("a"), 1);
-    assert!(said.contains("the user \"user\""), "{said}");
-    fs::write(&docker, &right).unwrap();
-    run(&mut with_docker("a"));
-    // Podman's.
-    let podman = config("podman.json", &right);
-    run(ground
-        .husk_in("b", &["pull", "-q", &one])
-        .env("REGISTRY_AUTH_FILE", podman));
-    // The default place.
-    config("home/.docker/config.json", &right);
-    run(&mut ground.husk_in("c", &["pull", "-q", &one]));
-    // A helper, which is asked by its name in PATH.
-    let helper = config(
-        "bin/docker-credential-test",
-        &format!(
-            "#!/bin/sh\nread -r server\n[ \"$server\" = {host} ] || {{ echo 'credentials not found in native keychain'; exit 1; }}\n\
-             echo '{{\"ServerURL\": \"x\", \"Username\": \"user\", \"Secret\": \"secret\"}}'\n"
-        ),
-    );
-    fs::set_permissions(&helper, fs::Permissions::from_mode(0o755)).unwrap();
-    fs::write(&docker, r#"{"credsStore": "test"}"#).unwrap();
-    let path = format!(
-        "{}:{}",
-        helper.parent().unwrap().display(),
-        std::env::var("PATH").unwrap()
-    );
-    run(with_docker("d").env("PATH", &path));
-    // One that has nothing for the registry: a stranger; one that is not there: its fault.
-    let said = error(&mut with_docker("e"), 1);
-    assert!(
-        said.contains("credentials") && said.contains("helper"),
-        "{said}"
-    );
-    fs::write(
-        &helper,
-        "#!/bin/sh\nread -r server\necho 'credentials not found in native keychain'\nexit 1\n",
-    )
-    .unwrap();
-    let said = error(with_docker("e").env("PATH", &path), 1);
-    assert!(said.contains("a stranger"), "{said}");
 }
 
 #[test]
