@@ -17,7 +17,7 @@ pub struct Args {
     /// Where images and containers are kept [default: /var/lib/husk; for who is not root, husk in XDG_DATA_HOME or ~/.local/share].
     #[arg(long, global = true, env = "HUSK_ROOT", value_name = "DIR")]
     pub root: Option<PathBuf>,
-    /// Mirrors, certificates and plain HTTP of registries.
+    /// Mirrors, certificates and plain HTTP of registries, and who must have signed images.
     #[arg(long, global = true, default_value = husk_image::registry::FILE, value_name = "FILE")]
     pub registries: PathBuf,
     /// Tell more of what is being done, on standard error.

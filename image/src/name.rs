@@ -6,6 +6,9 @@ use oci_spec::distribution::{ParseError, Reference};
 
 use crate::layer::{BadDigest, Sha256Digest};
 
+/// Docker Hub, as the host of an image's name.
+pub(crate) const HUB: &str = "docker.io";
+
 /// A name made whole, with Docker's rules: without a registry it is Docker Hub's, without a repository's owner it is `library`'s, and
 /// without tag and digest the tag is `latest`. With a digest, a tag says nothing and is left out.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -58,12 +61,17 @@ impl ImageName {
         self.reference.repository()
     }
 
+    /// Which of the place's images, if the name has no digest.
+    pub fn tag(&self) -> Option<&str> {
+        self.reference.tag().filter(|_| self.digest.is_none())
+    }
+
     /// What it must be, if the name says so.
     pub fn digest(&self) -> Option<Sha256Digest> {
         self.digest
     }
 
-    /// For `oci-client`.
+    /// For who asks a registry.
     pub(crate) fn reference(&self) -> &Reference {
         &self.reference
     }

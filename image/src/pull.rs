@@ -4,6 +4,7 @@
 //! off goes on where it was, and two pulls of one image share what each fetches. A name is given last.
 
 mod arrival;
+mod signed;
 
 use std::{
     cell::RefCell, collections::BTreeMap, fs::File, io::Read, path::PathBuf, sync::Arc,
@@ -121,6 +122,8 @@ pub async fn pull(
 ) -> Result<Pulled, PullError> {
     let holder = store.clone();
     let _use = blocking(move || holder.begin().map_err(PullError::from)).await?;
+    // What is rejected is not asked for.
+    options.settings.signatures.of(name)?;
     let mut failed = None;
     for host in Endpoint::all(name, &options.settings) {
         progress.event(Event::Asking { registry: &host });
@@ -156,6 +159,9 @@ async fn pull_from(
     progress: Arc<dyn Progress>,
 ) -> Result<Pulled, PullError> {
     let first = endpoint.document(None).await?;
+    // An index names its images by their digests: who has signed it has signed them.
+    let policy = &options.settings.signatures;
+    signed::check(&endpoint, policy, name, &first.named.digest).await?;
     let (named, kind) = (first.named, first.media_type);
     keep(store, &first.named, first.text).await?;
     let manifest = match first.document {

@@ -26,7 +26,10 @@ pub(crate) use blob::Sink;
 use credentials::Login;
 pub use settings::{FILE, Patience, Registry, Settings, SettingsError};
 
-use crate::{layer::Sha256Digest, manifest::ManifestError, name::ImageName, store::StoreError};
+use crate::{
+    layer::Sha256Digest, manifest::ManifestError, name::ImageName, signature::SignatureError,
+    store::StoreError,
+};
 
 /// Why an image is not there.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +107,9 @@ pub enum PullError {
     /// The image.
     #[error(transparent)]
     Image(#[from] ManifestError),
+    /// Nobody vouches for it who should.
+    #[error(transparent)]
+    Signature(#[from] SignatureError),
     /// The store, or a layer that is not unpacked.
     #[error(transparent)]
     Store(#[from] StoreError),

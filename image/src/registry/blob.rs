@@ -8,7 +8,7 @@ use reqwest::{
 };
 
 use super::{Endpoint, Failure, PullError, attempts::Attempts};
-use crate::{manifest::Named, store::StoreError};
+use crate::{layer::Sha256Digest, manifest::Named, store::StoreError};
 
 /// What takes a blob's bytes in their order.
 pub(crate) trait Sink {
@@ -53,6 +53,20 @@ impl Endpoint {
         Ok(())
     }
 
+    /// A blob that is kept in memory: the caller has bounded it. Checked.
+    pub(crate) async fn small_blob(&self, named: &Named) -> Result<Vec<u8>, PullError> {
+        let mut sink = Memory {
+            named: *named,
+            bytes: Vec::new(),
+        };
+        self.blob(named, &mut sink).await?;
+        let found = Sha256Digest::of(&sink.bytes);
+        match found == named.digest {
+            true => Ok(sink.bytes),
+            false => Err(self.other(named.digest, format!("its digest is {found}"))),
+        }
+    }
+
     async fn try_blob(&self, named: &Named, sink: &mut (dyn Sink + Send)) -> Result<(), Failure> {
         let doing = doing(named);
         let url = self.url("blobs", &named.digest.to_string());
@@ -92,6 +106,38 @@ impl Endpoint {
                 Err(error) => return Err(Failure::lasting(error)),
             }
         }
+    }
+}
+
+struct Memory {
+    named: Named,
+    bytes: Vec<u8>,
+}
+
+impl Sink for Memory {
+    fn written(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn write(&mut self, data: &[u8]) -> Result<(), PullError> {
+        if self.written() + data.len() as u64 > self.named.size {
+            self.bytes.clear();
+            return Err(PullError::Store(StoreError::WrongBlob {
+                expected: self.named.digest,
+                found: format!("more than {} bytes", self.named.size),
+            }));
+        }
+        self.bytes.extend_from_slice(data);
+        Ok(())
+    }
+
+    fn restart(&mut self) -> Result<(), PullError> {
+        self.bytes.clear();
+        Ok(())
+    }
+
+    fn again(&mut self, pause: Duration, error: &PullError) {
+        tracing::info!(%error, seconds = pause.as_secs_f32(), "asking again");
     }
 }
 

@@ -10,19 +10,33 @@ use std::{
 
 use serde::Deserialize;
 
+use crate::{
+    name::HUB,
+    signature::policy::{self, Policy, PolicyError},
+};
+
 /// Where the settings are, unless somebody says otherwise.
 pub const FILE: &str = "/etc/husk/registries.toml";
 
 /// All of them. An empty file, or none, is right for most.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Default)]
 pub struct Settings {
     /// By the host as it stands in an image's name, with its port: `docker.io`, `localhost:5000`.
-    #[serde(default)]
     pub registry: BTreeMap<String, Registry>,
+    /// Who must have signed what.
+    pub signatures: Policy,
     /// How long to wait, and how often to ask again.
-    #[serde(skip)]
     pub patience: Patience,
+}
+
+/// The file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    #[serde(default)]
+    registry: BTreeMap<String, Registry>,
+    #[serde(default)]
+    signatures: BTreeMap<String, policy::Written>,
 }
 
 /// One registry, or a mirror of one.
@@ -99,6 +113,15 @@ pub enum SettingsError {
         /// The word.
         host: String,
     },
+    /// A rule about signatures, or its key.
+    #[error("{} cannot be followed", path.display())]
+    Signatures {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: PolicyError,
+    },
 }
 
 impl Settings {
@@ -113,21 +136,28 @@ impl Settings {
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(source) => return Err(SettingsError::Read { path, source }),
         };
-        let settings: Self = match toml::from_str(&text) {
-            Ok(settings) => settings,
+        let written: Written = match toml::from_str(&text) {
+            Ok(written) => written,
             Err(source) => {
                 let source = Box::new(source);
                 return Err(SettingsError::Parse { path, source });
             }
         };
-        let mirrors = settings.registry.values().flat_map(|r| &r.mirrors);
-        for host in settings.registry.keys().chain(mirrors) {
+        let mirrors = written.registry.values().flat_map(|r| &r.mirrors);
+        for host in written.registry.keys().chain(mirrors) {
             if !is_host(host) {
                 let host = host.clone();
                 return Err(SettingsError::Host { path, host });
             }
         }
-        Ok(settings)
+        match Policy::new(&path, written.signatures) {
+            Ok(signatures) => Ok(Self {
+                registry: written.registry,
+                signatures,
+                patience: Patience::default(),
+            }),
+            Err(source) => Err(SettingsError::Signatures { path, source }),
+        }
     }
 
     /// What is said of a host.
@@ -146,8 +176,7 @@ impl Registry {
 /// The host of an image's name.
 fn is_host(text: &str) -> bool {
     let host = format!("{text}/x").parse::<crate::name::ImageName>();
-    host.is_ok_and(|name| name.registry() == text && name.repository() == "x")
-        || text == "docker.io"
+    host.is_ok_and(|name| name.registry() == text && name.repository() == "x") || text == HUB
 }
 
 fn is_loopback(host: &str) -> bool {

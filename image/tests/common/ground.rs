@@ -6,7 +6,6 @@
 )]
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::Path,
     sync::{Arc, Mutex},
@@ -137,8 +136,8 @@ pub fn options() -> Options {
         platform: Platform::here(),
         limits: Limits::default(),
         settings: Settings {
-            registry: BTreeMap::new(),
             patience: PATIENCE,
+            ..Settings::default()
         },
     }
 }
