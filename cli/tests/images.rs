@@ -231,6 +231,44 @@ fn mistakes_are_told() {
     assert!(output(&mut piped).stderr.is_empty());
 }
 
+#[test]
+fn an_image_without_its_signature_is_neither_pulled_nor_run() {
+    let ground = Ground::new();
+    let key = ground.dir.path().join("key.pub");
+    let mut openssl = Command::new("openssl");
+    openssl.args(["ecparam", "-name", "prime256v1", "-genkey", "-noout"]);
+    run(openssl.arg("-out").arg(ground.dir.path().join("key")));
+    let mut openssl = Command::new("openssl");
+    openssl.args(["pkey", "-pubout", "-in"]);
+    openssl.arg(ground.dir.path().join("key"));
+    run(openssl.arg("-out").arg(&key));
+    let settings = ground.dir.path().join("registries.toml");
+    let say = |rule: &str| fs::write(&settings, format!("[signatures]\n\"*\" = {rule}\n")).unwrap();
+    say(&format!("[{key:?}]"));
+    let one = ground.one();
+    for (args, code) in [
+        (&["pull", &*one][..], 1),
+        (&["run", "--rm", "--network", "none", &one], 125),
+    ] {
+        let said = error(&mut ground.husk(args), code);
+        for word in ["is not signed", "registries.toml", "key.pub"] {
+            assert!(said.contains(word), "{args:?}: {said}");
+        }
+    }
+    assert_eq!(text(&mut ground.husk(&["images", "-q"])), "");
+    say("\"reject\"");
+    let said = error(&mut ground.husk(&["pull", &one]), 1);
+    assert!(said.contains("rejects") && said.contains(&one), "{said}");
+    say("\"acept\"");
+    let said = error(&mut ground.husk(&["pull", &one]), 1);
+    assert!(
+        said.contains("line 2") && said.contains("\"accept\", \"reject\", or a list"),
+        "{said}"
+    );
+    say("\"accept\"");
+    run(&mut ground.husk(&["pull", &one]));
+}
+
 /// Waits until a file has so many bytes; the child must still run.
 fn wait_for_bytes(child: &mut Child, dir: &Path, bytes: u64) {
     let begin = Instant::now();
