@@ -68,7 +68,7 @@ pub enum PullError {
     },
     /// The token, and what shows who the puller is, would go in clear text to somebody.
     #[error(
-        "{registry} wants the token for a pull to be asked of {realm}, which is not over TLS; `plain_http = true` for both hosts in registries.toml allows it"
+        "{registry} has its tokens from {realm}, which is not over TLS; `plain_http = true` for both hosts in registries.toml allows that"
     )]
     Realm {
         /// Who wants it.

@@ -2,7 +2,8 @@
 //! Specification" and "Oauth2 Token Authentication").
 //!
 //! A registry either wants the puller's name and password with every request (Basic), or a token that it has from a server of the registry's
-//! choice (Bearer). What shows who the puller is goes to these two and to nobody else, and over TLS unless the administrator has said that it need not be.
+//! choice (Bearer). What shows who the puller is goes to these two and to nobody else, and over TLS unless the administrator has said that it
+//! need not.
 
 use http_auth::ChallengeParser;
 use reqwest::{

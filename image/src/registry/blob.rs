@@ -71,10 +71,8 @@ impl Endpoint {
         let doing = doing(named);
         let url = self.url("blobs", &named.digest.to_string());
         let mut headers = HeaderMap::new();
-        // Digits are of what a header's value may have.
-        if let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", sink.written())) {
-            headers.insert(RANGE, range);
-        }
+        let range = HeaderValue::from_str(&format!("bytes={}-", sink.written()));
+        headers.extend(range.ok().map(|range| (RANGE, range)));
         // The answer's head: then the stream has the idle time-out.
         let ask = self.get(&doing, &url, headers);
         let mut response = match tokio::time::timeout(self.patience.answer, ask).await {

@@ -59,10 +59,14 @@ impl Endpoint {
 
     async fn try_text(&self, which: &str, what: &'static str) -> Result<Text, Failure> {
         let url = self.url("manifests", which);
+        // In one line: not everybody reads a second.
+        let kinds = [&INDEXES[..], &MANIFESTS].concat().join(", ");
         let mut headers = HeaderMap::new();
-        for kind in INDEXES.iter().chain(&MANIFESTS) {
-            headers.append(ACCEPT, HeaderValue::from_static(kind));
-        }
+        headers.extend(
+            HeaderValue::from_str(&kinds)
+                .ok()
+                .map(|kinds| (ACCEPT, kinds)),
+        );
         let mut response = self.get(DOING, &url, headers).await?;
         let media_type = response.headers().get(CONTENT_TYPE);
         let media_type = media_type.and_then(|value| Some(value.to_str().ok()?.to_owned()));

@@ -43,7 +43,8 @@ pub(super) fn clients(
     Ok((client(secure)?, client(staying)?))
 }
 
-/// A registry may send on to whoever has its blobs, which learns no credentials: reqwest leaves them out for another host. From TLS nobody is sent out of it.
+/// A registry may send on to whoever has its blobs, which learns no credentials: reqwest leaves them out for another host. Nobody is sent out of
+/// TLS.
 fn secure(attempt: Attempt<'_>) -> Action {
     let is_left = |url: &reqwest::Url| url.scheme() == "https";
     if attempt.url().scheme() != "https" && attempt.previous().iter().any(is_left) {
