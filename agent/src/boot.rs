@@ -169,7 +169,15 @@ pub fn prepare() -> Result<(), BootError> {
     );
     optional("linking /dev/fd", dev_links());
     optional("bringing the loopback interface up", loopback::up());
-    Ok(())
+    close_root().doing(|| "making the root file system read-only".into())
+}
+
+/// From here on nobody changes the root file system, which is the agent's own binary: a container whose process runs that, by
+/// `/proc/self/exe`, could otherwise take its permissions away from all the others'. The whole of it, as PID 1 runs from the kernel's first
+/// mount of it, which no flags of a later one bind.
+fn close_root() -> io::Result<()> {
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    Ok(mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)?)
 }
 
 fn optional<T, E: std::fmt::Display>(what: &str, done: Result<T, E>) {

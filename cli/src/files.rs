@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _},
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
 };
 
@@ -116,17 +117,19 @@ fn read(layers: &[PathBuf], name: &str) -> Result<String> {
             Mode::empty(),
         )
         .with_context(|| format!("opening the layer {}", layer.display()))?;
-        // Nothing that blocks or acts when it is opened is wanted.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = match openat2(&root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
-            Ok(file) => File::from(file),
+        // Found first and opened when it is known to be a file: opening a device node acts, as root and on the host's device.
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let found = match openat2(&root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+            Ok(found) => File::from(found),
             Err(Errno::NOENT) => continue,
             // A link that leads nowhere in its layer, or overlayfs' own mark of what was deleted: a device that has no driver.
             Err(_) => return Ok(String::new()),
         };
-        if !file.metadata()?.is_file() {
+        if !found.metadata()?.is_file() {
             return Ok(String::new());
         }
+        let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
+            .with_context(|| format!("reading {name} in {}", layer.display()))?;
         let mut text = Vec::new();
         file.take(MOST).read_to_end(&mut text)?;
         return Ok(String::from_utf8_lossy(&text).into_owned());
@@ -229,6 +232,23 @@ mod tests {
             fs::read_to_string("/etc/passwd").unwrap()
         );
         assert_eq!(read(&layers, "etc/group").unwrap(), "");
+    }
+
+    /// A pipe that nobody writes to would hold up who opens it; the host's devices are opened by their nodes.
+    #[test]
+    fn what_is_no_file_is_not_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = [dir.path().to_owned()];
+        fs::create_dir(dir.path().join("etc")).unwrap();
+        let pipe = dir.path().join("etc/passwd");
+        rustix::fs::mkfifoat(CWD, &pipe, Mode::RUSR).unwrap();
+        let watch = rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::NONBLOCK).unwrap();
+        let opened = rustix::fs::inotify::WatchFlags::OPEN;
+        rustix::fs::inotify::add_watch(&watch, &pipe, opened).unwrap();
+        assert_eq!(read(&layers, "etc/passwd").unwrap(), "");
+        let mut events = [0; 64];
+        let seen = rustix::io::read(&watch, &mut events);
+        assert_eq!(seen.unwrap_err(), Errno::AGAIN, "it was opened");
     }
 
     #[test]

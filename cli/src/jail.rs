@@ -124,6 +124,7 @@ impl Process {
         }
         Ok(vec![
             capabilities(&statuses),
+            groups(&statuses),
             no_new_privs(&statuses),
             seccomp(&statuses),
             self.namespaces()?,
@@ -204,6 +205,15 @@ fn capabilities(statuses: &[String]) -> Finding {
         })
         .collect();
     verdict("capabilities", strays.is_empty(), &names, strays.join(" "))
+}
+
+fn groups(statuses: &[String]) -> Finding {
+    let all: Vec<_> = statuses
+        .iter()
+        .filter_map(|status| field(status, "Groups"))
+        .filter(|groups| !groups.is_empty())
+        .collect();
+    verdict("groups", all.is_empty(), "none", all.join(" "))
 }
 
 fn no_new_privs(statuses: &[String]) -> Finding {
@@ -304,7 +314,7 @@ mod tests {
     use super::*;
 
     const JAILED: &str = "Name:\tvcpu0\nPPid:\t7\nCapInh:\t0000000000000000\nCapPrm:\t00000000880000db\n\
-        CapEff:\t00000000880000db\nCapBnd:\t00000000880000db\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1\nSeccomp:\t2\n";
+        CapEff:\t00000000880000db\nCapBnd:\t00000000880000db\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1\nSeccomp:\t2\nGroups:\t \n";
 
     fn is_ok(finding: &Finding) -> bool {
         finding.verdict() == Verdict::Ok
@@ -314,7 +324,7 @@ mod tests {
     fn each_thread_counts() {
         let with = |from: &str, to: &str| vec![JAILED.to_owned(), JAILED.replace(from, to)];
         let same = with("", "");
-        for check in [capabilities, no_new_privs, seccomp] {
+        for check in [capabilities, groups, no_new_privs, seccomp] {
             assert!(is_ok(&check(&same)), "{:?}", check(&same));
         }
         // CAP_SYS_ADMIN; one that nobody knows yet.
@@ -326,6 +336,7 @@ mod tests {
             "CapAmb:\t0000000000000000",
             "CapAmb:\t0000000000000001"
         ))));
+        assert!(!is_ok(&groups(&with("Groups:\t ", "Groups:\t4 6"))));
         assert!(!is_ok(&no_new_privs(&with("Privs:\t1", "Privs:\t0"))));
         assert!(!is_ok(&seccomp(&with("Seccomp:\t2", "Seccomp:\t0"))));
     }

@@ -17,7 +17,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use rustix::{
-    fs::CWD,
+    fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2},
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
@@ -82,8 +82,8 @@ pub enum MountError {
         /// Bytes.
         length: usize,
     },
-    /// The target leaves the mount point.
-    #[error("mount target {0:?} leaves the root file system")]
+    /// The target leaves the mount point, or is not there.
+    #[error("mount target {0:?} is not a path in the root file system without links")]
     Target(String),
 }
 
@@ -195,13 +195,15 @@ fn parse(request: &MountRequest) -> Result<Options, MountError> {
 /// # Errors
 /// [`MountError`] naming source and target.
 pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
-    let target = below(base, &request.target)?;
+    // Open until the mount is made: its path goes by the descriptor.
+    let place = below(base, &request.target)?;
+    let target = &place.path();
     let mut options = parse(request)?;
     options.flags |= LOCKED;
     let refused = |reason: io::Error| MountError::Refused {
         kind: request.kind.clone(),
         source_path: request.source.clone(),
-        target: target.clone(),
+        target: base.join(request.target.trim_start_matches('/')),
         reason,
     };
     if options.flags.contains(MsFlags::MS_BIND) {
@@ -210,7 +212,7 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
                 source_path: request.source.clone(),
             });
         }
-        bind(&request.source, &target, &options).map_err(refused)?;
+        bind(&request.source, target, &options).map_err(refused)?;
     } else if let Some(idmap) = &options.idmap {
         if request.kind != "overlay" {
             return Err(MountError::Option {
@@ -219,26 +221,28 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
                 option: "uidmap".into(),
             });
         }
-        let tree = idmap.overlay(&target, options.flags, &options.data);
-        tree.and_then(|tree| attach(&tree, &target))
+        let tree = idmap.overlay(target, options.flags, &options.data);
+        tree.and_then(|tree| attach(&tree, target))
             .map_err(refused)?;
     } else {
         let length = options.data.join(",").len();
         if length <= MAX_DATA {
             let data = options.data.join(",");
-            mount_with(request, &target, options.flags, &data).map_err(|e| refused(e.into()))?;
+            mount_with(request, target, options.flags, &data).map_err(|e| refused(e.into()))?;
         } else if request.kind == "overlay" {
-            mount_many_layers(request, &target, &options)?;
+            mount_many_layers(request, target, &options)?;
         } else {
             return Err(MountError::TooLong {
                 kind: request.kind.clone(),
-                target,
+                target: base.join(request.target.trim_start_matches('/')),
                 length,
             });
         }
     }
-    if request.kind == "overlay" && !options.flags.contains(MsFlags::MS_RDONLY) {
-        overlay::ensure_writable(&target, &options.data).map_err(refused)?;
+    // What lies on top of a directory is not seen by the directory's descriptor.
+    let is_seen = matches!(place, Place::Base(_));
+    if request.kind == "overlay" && is_seen && !options.flags.contains(MsFlags::MS_RDONLY) {
+        overlay::ensure_writable(target, &options.data).map_err(refused)?;
     }
     Ok(())
 }
@@ -266,7 +270,8 @@ fn bind(source: &str, target: &Path, options: &Options) -> io::Result<()> {
 }
 
 fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    // The target may be a descriptor's link in /proc.
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
     Ok(move_mount(tree, c"", CWD, target, flags)?)
 }
 
@@ -416,19 +421,38 @@ fn relative_layers(data: &[String]) -> (PathBuf, Vec<String>) {
     (common.to_owned(), data.iter().map(relative).collect())
 }
 
-/// A path below `base` that does not climb out of it.
-fn below(base: &Path, target: &str) -> Result<PathBuf, MountError> {
-    let mut path = base.to_owned();
-    for component in Path::new(target).components() {
-        match component {
-            Component::Normal(name) => path.push(name),
-            Component::RootDir | Component::CurDir => {}
-            Component::ParentDir | Component::Prefix(_) => {
-                return Err(MountError::Target(target.to_owned()));
-            }
+/// Where a mount goes.
+enum Place {
+    /// A directory of the shim's own.
+    Base(PathBuf),
+    /// One below it, where what has been mounted there is the image's, and the guest may be changing it.
+    Below(OwnedFd),
+}
+
+impl Place {
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Base(path) => path.clone(),
+            Self::Below(place) => format!("/proc/self/fd/{}", place.as_raw_fd()).into(),
         }
     }
-    Ok(path)
+}
+
+/// A directory or file below `base`, to which neither `..` nor a link leads out of it.
+fn below(base: &Path, target: &str) -> Result<Place, MountError> {
+    let inside: PathBuf = Path::new(target)
+        .components()
+        .filter(|part| !matches!(part, Component::RootDir | Component::CurDir))
+        .collect();
+    if inside.as_os_str().is_empty() {
+        return Ok(Place::Base(base.to_owned()));
+    }
+    let no = |_| MountError::Target(target.to_owned());
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let root = openat(CWD, base, flags | OFlags::DIRECTORY, Mode::empty()).map_err(no)?;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let place = openat2(&root, &inside, flags, Mode::empty(), resolve).map_err(no)?;
+    Ok(Place::Below(place))
 }
 
 #[cfg(test)]
@@ -472,12 +496,43 @@ mod tests {
         assert_eq!(propagation("private"), Some(MsFlags::MS_PRIVATE));
     }
 
+    /// Needs root, as husk does: mounts, in a mount namespace of the test's own.
     #[test]
-    fn a_target_stays_inside() {
-        let base = Path::new("/base");
-        assert_eq!(below(base, "").unwrap(), base);
-        assert_eq!(below(base, "/a/./b").unwrap(), Path::new("/base/a/b"));
-        assert!(below(base, "a/../../b").is_err());
+    fn a_target_is_no_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, outside) = (dir.path().join("base"), dir.path().join("outside"));
+        for path in [&base.join("a/b"), &outside.join("b"), &base.join("source")] {
+            std::fs::create_dir_all(path).unwrap();
+        }
+        std::os::unix::fs::symlink(&outside, base.join("link")).unwrap();
+        let base = &base;
+        let mounted = |target: &str| {
+            let request = MountRequest {
+                kind: "tmpfs".into(),
+                source: "tmpfs".into(),
+                target: target.into(),
+                options: Vec::new(),
+            };
+            std::thread::scope(|scope| {
+                let apart = || {
+                    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+                    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+                    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+                    apply(&request, base).map_err(|e| e.to_string())?;
+                    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+                    let last = mounts.lines().last().unwrap().split(' ').nth(4).unwrap();
+                    Ok(last.to_owned())
+                };
+                scope.spawn(apart).join().unwrap()
+            })
+        };
+        let at = |path: &str| Ok::<_, String>(base.join(path).to_str().unwrap().to_owned());
+        assert_eq!(mounted(""), Ok(base.to_str().unwrap().to_owned()));
+        assert_eq!(mounted("/a/./b"), at("a/b"));
+        for way_out in ["a/../../outside", "link", "link/b", "a/b/c", ".."] {
+            let refused = mounted(way_out).unwrap_err();
+            assert!(refused.contains("without links"), "{way_out}: {refused}");
+        }
     }
 
     #[test]

@@ -4,9 +4,12 @@
 //! and by nothing else: a connection that does not open with an expected token within a short time is closed, unread.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -15,10 +18,7 @@ use husk_protocol::{
     stream::{TOKEN_LEN, Token},
 };
 use tokio::{
-    io::AsyncReadExt as _,
-    net::UnixStream,
-    sync::{Semaphore, oneshot},
-    time::timeout,
+    io::AsyncReadExt as _, net::UnixStream, sync::oneshot, task::AbortHandle, time::timeout,
 };
 use tracing::{debug, warn};
 
@@ -27,8 +27,12 @@ use crate::stdio::{Stdio, StreamKind};
 /// How long a connection may take to say its token. Generous: the agent sends it at once, but the guest may be starved of CPU.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Connections that may owe us a token at the same time.
+/// Connections that may owe us a token at the same time; one more, and the oldest is closed. So a container that dials and says nothing
+/// keeps nobody waiting: the agent says its tokens at once.
 const MAX_UNKNOWN: usize = 128;
+
+/// Log lines about wrong tokens, in all: a container may send as many as it likes, and must not fill the host's disk with the news.
+const MAX_LINES: u32 = 20;
 
 /// Where a joined stream goes.
 pub trait Sink: Send + Sync {
@@ -48,19 +52,11 @@ type Join = Box<dyn FnOnce(UnixStream) + Send>;
 type Expected = HashMap<Token, Join>;
 
 /// The streams that the shim waits for.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Streams {
     expected: Arc<Mutex<Expected>>,
-    unknown: Arc<Semaphore>,
-}
-
-impl Default for Streams {
-    fn default() -> Self {
-        Self {
-            expected: Arc::default(),
-            unknown: Arc::new(Semaphore::new(MAX_UNKNOWN)),
-        }
-    }
+    unknown: Arc<Mutex<VecDeque<AbortHandle>>>,
+    lines: Arc<AtomicU32>,
 }
 
 /// Tokens handed to the agent for one process. Those not used are forgotten with this value.
@@ -120,10 +116,7 @@ impl Streams {
     /// Takes a connection to the stream port: reads its token and joins it, in the background.
     pub fn accept(&self, mut stream: UnixStream) {
         let streams = self.clone();
-        tokio::spawn(async move {
-            let Ok(_permit) = streams.unknown.acquire().await else {
-                return;
-            };
+        let introduced = tokio::spawn(async move {
             let mut token = [0; TOKEN_LEN];
             match timeout(TOKEN_TIMEOUT, stream.read_exact(&mut token)).await {
                 Ok(Ok(_)) => {}
@@ -136,9 +129,24 @@ impl Streams {
             let taken = streams.lock().remove(&Token::new(token));
             match taken {
                 Some(join) => join(stream),
-                None => warn!("a stream connection with a token that nobody waits for, closed"),
+                None if streams.lines.fetch_add(1, Ordering::Relaxed) < MAX_LINES => {
+                    warn!("a stream connection with a token that nobody waits for, closed");
+                }
+                None => {}
             }
         });
+        self.make_room(introduced.abort_handle());
+    }
+
+    fn make_room(&self, newest: AbortHandle) {
+        let mut unknown = self.unknown.lock().unwrap_or_else(PoisonError::into_inner);
+        unknown.retain(|one| !one.is_finished());
+        unknown.push_back(newest);
+        if unknown.len() > MAX_UNKNOWN
+            && let Some(oldest) = unknown.pop_front()
+        {
+            oldest.abort();
+        }
     }
 }
 
@@ -236,6 +244,29 @@ mod tests {
         assert!(is_closed(dial(&streams, &fields.stdout_token).await).await);
         drop(expecting);
         assert!(is_closed(dial(&streams, &fields.stdin_token).await).await);
+    }
+
+    /// As a container dials that wants the others to wait.
+    #[tokio::test(start_paused = true)]
+    async fn those_that_say_nothing_keep_nobody_waiting() {
+        let streams = Streams::default();
+        let (sender, mut joined) = mpsc::unbounded_channel();
+        let sink = Arc::new(Recorder(sender));
+        let expecting = streams.expect(&sink, &[StreamKind::Stdout]).unwrap();
+        let begin = tokio::time::Instant::now();
+        let mut silent = Vec::new();
+        for _ in 0..3 * MAX_UNKNOWN {
+            silent.push(dial(&streams, b"").await);
+        }
+        let _guest = dial(&streams, &expecting.for_agent(false).stdout_token).await;
+        joined.recv().await.unwrap();
+        assert_eq!(begin.elapsed(), Duration::ZERO);
+        // The newest may still say something.
+        let newest = silent.pop().unwrap();
+        assert!(is_closed(silent.swap_remove(0)).await);
+        assert_eq!(begin.elapsed(), Duration::ZERO);
+        assert!(is_closed(newest).await);
+        assert_eq!(begin.elapsed(), TOKEN_TIMEOUT);
     }
 
     #[tokio::test(start_paused = true)]

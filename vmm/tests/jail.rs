@@ -189,6 +189,9 @@ fn inside() {
     }];
     let tell = |what: &str, value: &dyn std::fmt::Display| println!("\n{what}: {value}");
     let status = File::open("/proc/thread-self/status").unwrap();
+    // As a login has them.
+    let groups = [0, 4, 6].map(rustix::process::Gid::from_raw);
+    rustix::thread::set_thread_groups(&groups).unwrap();
     tell("above from outside", &above(&shares[0].root));
     // A mistake: a directory outside that is not closed.
     let stray = File::open("/etc").unwrap();
@@ -203,7 +206,10 @@ fn inside() {
     }
     let [share] = &shares;
     for line in BufReader::new(status).lines().map(Result::unwrap) {
-        if line.starts_with("Cap") || line.starts_with("NoNewPrivs") {
+        if ["Cap", "NoNewPrivs", "Groups"]
+            .iter()
+            .any(|name| line.starts_with(name))
+        {
             println!("\n{line}");
         }
     }
@@ -366,6 +372,7 @@ fn inside_there_is_the_share_and_nothing_else() {
         ("CapBnd", &kept),
         ("CapAmb", "0000000000000000"),
         ("NoNewPrivs", "1"),
+        ("Groups", ""),
         ("core", "Some(0)"),
     ] {
         assert_eq!(said(set), value, "{set}");

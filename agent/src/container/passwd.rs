@@ -1,7 +1,8 @@
 //! Users by name, from the container's own /etc/passwd and /etc/group.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt as _;
 
 use super::error::LaunchError;
 
@@ -40,11 +41,20 @@ pub(crate) fn home_of(uid: u32) -> String {
 
 fn read(path: &str) -> String {
     let mut bytes = Vec::new();
-    if let Ok(file) = File::open(path) {
+    // A pipe must not hold the launch up.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path);
+    if let Some(file) = file.ok().filter(is_regular) {
         // A file that ends in the middle of something still says what it said before.
         let _ = file.take(MAX_FILE).read_to_end(&mut bytes);
     }
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn is_regular(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| metadata.is_file())
 }
 
 struct Entry<'a> {

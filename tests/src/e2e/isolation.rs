@@ -12,6 +12,7 @@ pub const TESTS: &[Test] = &[
     husk_test("network", network),
     husk_test("kernel_log_and_devices", kernel_log_and_devices),
     husk_test("the_vmms_jail", the_vmms_jail),
+    husk_test("the_agents_binary", the_agents_binary),
     test("capabilities_and_no_new_privileges", capabilities),
 ];
 
@@ -140,6 +141,30 @@ fn the_vmms_jail(suite: &Context) -> Result<()> {
     ensure!(
         unknown.status.code() == Some(1) && words.contains(&pod.id),
         "{words}"
+    );
+    Ok(())
+}
+
+/// What a container could reach by a `/proc/self/exe` that the agent resolves (CVE-2019-5736), it has here for the asking: PID 1 of the guest,
+/// and the capability to look into it. Nothing of the agent's binary can be changed, its permissions included.
+fn the_agents_binary(suite: &Context) -> Result<()> {
+    let script = "readlink /proc/1/exe; id -u; chmod 0 /proc/1/exe; touch /proc/1/exe; echo x > /proc/1/exe; true";
+    let mut run = suite.spec(&["sh", "-c", script])?;
+    if let Some(namespaces) = run.spec["linux"]["namespaces"].as_array_mut() {
+        namespaces.retain(|n| n["type"] != "pid");
+    }
+    for set in ["bounding", "effective", "permitted"] {
+        if let Some(set) = run.spec["process"]["capabilities"][set].as_array_mut() {
+            set.push("CAP_SYS_PTRACE".into());
+        }
+    }
+    let out = run.run()?;
+    ensure!(out.text().lines().last() == Some("0"), "{out:?}");
+    let told = String::from_utf8_lossy(&out.stderr);
+    let refused = told.matches("Read-only file system").count();
+    ensure!(
+        refused + told.matches("Text file busy").count() == 3 && refused >= 2,
+        "{out:?}"
     );
     Ok(())
 }

@@ -7,7 +7,7 @@ use rustix::process::{
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
 };
 
 use super::JailError;
@@ -56,6 +56,8 @@ pub fn give_up() -> Result<(), JailError> {
     setrlimit(Resource::Core, none).map_err(JailError::step("forbid core dumps"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(JailError::step("hide this process from others of its user"))?;
+    // A login's groups would count for whatever the file server does for somebody else.
+    set_thread_groups(&[]).map_err(JailError::step("drop supplementary groups"))?;
     set_no_new_privs(true).map_err(JailError::step("set no_new_privs"))?;
     limit_bounding_set()?;
     clear_ambient_capability_set().map_err(JailError::step("clear the ambient capabilities"))?;

@@ -5,11 +5,13 @@ use std::{
     io::{BufRead as _, BufReader, PipeReader, Write as _},
     os::fd::{AsRawFd as _, OwnedFd},
     process::{Child, Command},
+    thread,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use command_fds::{CommandFdExt as _, FdMapping};
 use husk_tests::wait;
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, recv, send, setsockopt, socketpair, sockopt,
 };
@@ -34,6 +36,18 @@ pub struct Vmm {
     _bridge: OwnedFd,
     console: Option<BufReader<PipeReader>>,
     requests: u64,
+}
+
+/// Starts a program as the shim does: as the first of a PID namespace. The thread that asks for one ends here.
+fn apart(mut command: Command) -> Result<Child> {
+    let started = thread::scope(|scope| {
+        let spawn = || {
+            unshare(CloneFlags::CLONE_NEWPID)?;
+            command.spawn()
+        };
+        scope.spawn(spawn).join()
+    });
+    Ok(started.map_err(|_| anyhow!("the thread has failed"))??)
 }
 
 /// What the guest is made from.
@@ -66,18 +80,16 @@ impl Vmm {
             parent_fd,
             child_fd,
         };
-        let child = Command::new(lib.join("husk-vmm"))
-            .args(["--control-fd", "3"])
-            .fd_mappings(vec![
-                mapping(theirs, CONTROL),
-                mapping(kvm.into(), KVM),
-                mapping(File::open(kernel)?.into(), KERNEL),
-                mapping(File::open(initramfs.path())?.into(), INITRAMFS),
-                mapping(vsock, VSOCK),
-                mapping(output.into(), CONSOLE),
-            ])?
-            .spawn()
-            .context("cannot start husk-vmm")?;
+        let mut command = Command::new(lib.join("husk-vmm"));
+        command.args(["--control-fd", "3"]).fd_mappings(vec![
+            mapping(theirs, CONTROL),
+            mapping(kvm.into(), KVM),
+            mapping(File::open(kernel)?.into(), KERNEL),
+            mapping(File::open(initramfs.path())?.into(), INITRAMFS),
+            mapping(vsock, VSOCK),
+            mapping(output.into(), CONSOLE),
+        ])?;
+        let child = apart(command).context("cannot start husk-vmm")?;
         Ok(Self {
             child,
             channel,
