@@ -86,6 +86,10 @@ impl FromStr for ImageName {
             name: name(),
             reason,
         };
+        // The parser's \w is Unicode's, the specification's ASCII's (distribution-spec, "Pulling manifests"); what is none would end in a URL.
+        if !text.is_ascii() {
+            return Err(form(ParseError::ReferenceInvalidFormat));
+        }
         let mut reference: Reference = text.parse().map_err(form)?;
         // "A/a" is read with a host "A", which then becomes an owner of Docker Hub that there cannot be.
         reference.whole().parse::<Reference>().map_err(form)?;
@@ -157,6 +161,8 @@ mod tests {
             "a:b:c",
             "x\n",
             "A/a",
+            "x:φ",
+            "ö.example/x",
         ] {
             assert!(say(text).contains("names no image"), "{text}");
         }
