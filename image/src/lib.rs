@@ -11,8 +11,11 @@ pub mod archive;
 pub mod layer;
 pub mod manifest;
 pub mod name;
+#[cfg(feature = "registry")]
 pub mod pull;
+#[cfg(feature = "registry")]
 pub mod registry;
+#[cfg(feature = "registry")]
 pub mod signature;
 pub mod store;
 mod tree;

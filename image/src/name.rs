@@ -7,6 +7,7 @@ use oci_spec::distribution::{ParseError, Reference};
 use crate::layer::{BadDigest, Sha256Digest};
 
 /// Docker Hub, as the host of an image's name.
+#[cfg(feature = "registry")]
 pub(crate) const HUB: &str = "docker.io";
 
 /// A name made whole, with Docker's rules: without a registry it is Docker Hub's, without a repository's owner it is `library`'s, and
@@ -72,6 +73,7 @@ impl ImageName {
     }
 
     /// For who asks a registry.
+    #[cfg(feature = "registry")]
     pub(crate) fn reference(&self) -> &Reference {
         &self.reference
     }

@@ -28,6 +28,7 @@ use std::{
 use rustix::fs::{FlockOperation, flock};
 
 pub use images::{Image, Listed};
+#[cfg(feature = "registry")]
 pub(crate) use import::describe;
 pub use ingest::{Ingest, Partial};
 pub use layers::Blobs;
