@@ -7,7 +7,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 PREFIX ?= /usr/local
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench testbed build install image deps clean
+.PHONY: help run test fuzz bench testbed build install image deps clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ run: build ## Build all and run a container in a microVM: its output, both kerne
 
 test: deps ## Everything: lints, unit tests, guest kernel, end-to-end suites on containerd 1.7 and 2.1
 	tests/scripts/test
+
+fuzz: deps ## Fuzz what strangers send for an hour (SECONDS=N, TARGETS="image_name layer"); what is found of new inputs stays in target/fuzz
+	nice -n 19 tests/scripts/fuzz $(or $(SECONDS),3600) $(TARGETS)
 
 bench: build ## Measure husk beside runc, crun and runsc in one testbed run; writes target/bench.json
 	tests/scripts/bench

@@ -1,0 +1,4 @@
+//! What the fuzz targets share: tar archives that are mostly right, and a root of their own in which everything else is watched.
+
+pub mod sandbox;
+pub mod tarball;
