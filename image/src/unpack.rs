@@ -109,6 +109,8 @@ struct Unpacker<'a, R> {
     archive: &'a mut Archive<R>,
     root: Root,
     lowers: Vec<Root>,
+    /// The directory that was last found in none of them: nor is what is in it.
+    nowhere: Option<Vec<u8>>,
     owners: Owners,
     /// The attribute of an opaque directory.
     opaque: &'static str,
@@ -144,6 +146,7 @@ impl<'a, R: Read> Unpacker<'a, R> {
         Ok(Self {
             archive,
             root: open(into)?,
+            nowhere: None,
             lowers: options
                 .lowers
                 .iter()
@@ -334,7 +337,22 @@ impl<'a, R: Read> Unpacker<'a, R> {
     ///
     /// The directory is then one, also where it is a link below: the image-spec has no word for that, so it is as with containerd
     /// (`mkparent` of its archive package) and Docker, which both apply a layer beside the lower ones and not upon them. umoci follows the link.
-    fn below(&self, path: &[u8]) -> Result<Option<Metadata>, Errno> {
+    fn below(&mut self, path: &[u8]) -> Result<Option<Metadata>, Errno> {
+        let is_in = |dir: &Vec<u8>| {
+            let rest = path.strip_prefix(&**dir);
+            rest.is_some_and(|rest| dir.is_empty() || rest.starts_with(b"/"))
+        };
+        if self.nowhere.as_ref().is_some_and(is_in) {
+            return Ok(None);
+        }
+        let found = self.find_below(path)?;
+        if found.is_none() {
+            self.nowhere = Some(path.to_owned());
+        }
+        Ok(found)
+    }
+
+    fn find_below(&self, path: &[u8]) -> Result<Option<Metadata>, Errno> {
         for lower in &self.lowers {
             match lower.dir(path) {
                 Ok(dir) => return Metadata::of_directory(dir.as_fd(), self.owners).map(Some),
