@@ -17,6 +17,18 @@ use crate::{
     unpack::{Options, Owners},
 };
 
+/// Layers that are written out to the disk together: that waits for all that is not there yet, whoever wrote it.
+const AT_ONCE: usize = 16;
+
+/// A layer, unpacked whole, that has not got its name yet: nobody else makes it as long as this is there.
+struct Made {
+    lock: OwnedFd,
+    /// Where it is.
+    new: PathBuf,
+    /// Where it will be.
+    path: PathBuf,
+}
+
 /// Where blobs are read from that become layers.
 pub trait Blobs {
     /// Opens one.
@@ -62,12 +74,35 @@ impl Store {
         limits: Limits,
         blobs: &dyn Blobs,
     ) -> Result<Vec<PathBuf>, StoreError> {
+        let mut made = Vec::new();
+        let paths = self.unpack_all(layers, limits, blobs, &mut made);
+        // What is whole stays, also where the next could not be had.
+        let kept = self.keep_layers(&mut made);
+        let paths = paths?;
+        kept.map(|()| paths)
+    }
+
+    fn unpack_all(
+        &self,
+        layers: &[Expected],
+        limits: Limits,
+        blobs: &dyn Blobs,
+        made: &mut Vec<Made>,
+    ) -> Result<Vec<PathBuf>, StoreError> {
         let mut paths: Vec<PathBuf> = Vec::new();
         let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id).collect();
         for (layer, id) in layers.iter().zip(chain(&diff_ids)) {
             let path = self.root.join(LAYERS).join(id.hex());
             if !path.exists() {
-                self.unpack_one(&path, layer, limits, &paths, blobs)?;
+                let there = |path: &PathBuf| made.iter().find(|m| m.path == *path).map(|m| &m.new);
+                let lowers: Vec<&Path> = paths
+                    .iter()
+                    .map(|path| there(path).unwrap_or(path).as_path())
+                    .collect();
+                made.extend(self.unpack_one(&path, layer, limits, &lowers, blobs)?);
+                if made.len() >= AT_ONCE {
+                    self.keep_layers(made)?;
+                }
             }
             blobs.unpacked(&layer.digest);
             paths.insert(0, path);
@@ -75,14 +110,32 @@ impl Store {
         Ok(paths)
     }
 
+    /// Gives layers their final names, once they are on the disk.
+    fn keep_layers(&self, made: &mut Vec<Made>) -> Result<(), StoreError> {
+        let Some(last) = made.last() else {
+            return Ok(());
+        };
+        // All of the file system, and so all of them.
+        rustix::fs::syncfs(&last.lock)
+            .map_err(io::Error::from)
+            .map_err(failed("write out", &last.new))?;
+        for Made { new, path, .. } in &*made {
+            fs::rename(new, path).map_err(failed("rename", new))?;
+        }
+        made.clear();
+        let dir = self.root.join(LAYERS);
+        sync_dir(&dir).map_err(failed("write out", &dir))
+    }
+
+    /// Unpacks a layer under its unfinished name. `None`: another has finished it meanwhile.
     fn unpack_one(
         &self,
         path: &Path,
         layer: &Expected,
         limits: Limits,
-        lowers: &[PathBuf],
+        lowers: &[&Path],
         blobs: &dyn Blobs,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Option<Made>, StoreError> {
         let new = path.with_extension("new");
         let made = || match fs::create_dir(&new) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
@@ -106,13 +159,13 @@ impl Store {
         };
         let lock: OwnedFd = lock_at(&new, open).map_err(failed("make", &new))?.into();
         if path.exists() {
-            return tree::remove_path(&new).map_err(failed("remove", &new));
+            tree::remove_path(&new).map_err(failed("remove", &new))?;
+            return Ok(None);
         }
-        let lowers: Vec<&Path> = lowers.iter().map(PathBuf::as_path).collect();
         let owners = Owners::here();
         let options = Options {
             owners,
-            lowers: &lowers,
+            lowers,
             // Who is not root can mount an overlay in a user namespace only.
             user_xattrs: owners == Owners::Caller,
         };
@@ -140,12 +193,8 @@ impl Store {
                 source,
             });
         }
-        rustix::fs::syncfs(&lock)
-            .map_err(io::Error::from)
-            .map_err(failed("write out", &new))?;
-        fs::rename(&new, path).map_err(failed("rename", &new))?;
-        let dir = self.root.join(LAYERS);
-        sync_dir(&dir).map_err(failed("write out", &dir))
+        let path = path.to_owned();
+        Ok(Some(Made { lock, new, path }))
     }
 }
 

@@ -240,3 +240,27 @@ fn a_layer_that_is_refused_is_not_there() {
     // No trace of the store's own is in the way of a directory's user.
     assert_eq!(fs::read_dir(place.dir.path()).unwrap().count(), 1);
 }
+
+#[test]
+fn layers_below_a_refused_one_are_kept() {
+    let place = Place::new();
+    let mut layers = Vec::new();
+    for number in 0..20 {
+        // Each has a file in a directory that the layers below have told of.
+        let (blob, expected) = layer(&format!("dir/{number}"), "data");
+        place.add(&blob);
+        layers.push(expected);
+    }
+    let missing = layer("dir/missing", "data").1;
+    let all: Vec<_> = layers.iter().copied().chain([missing]).collect();
+    let error = place.store.unpack(&all, Limits::default()).unwrap_err();
+    assert!(matches!(error, StoreError::NoBlob(_)), "{error}");
+    // More than are written out together, and none under an unfinished name.
+    assert_eq!(place.count("layers"), layers.len());
+    let names = fs::read_dir(place.store.root.join(LAYERS)).unwrap();
+    for name in names.map(|entry| entry.unwrap().file_name()) {
+        assert_eq!(name.len(), 64, "{name:?}");
+    }
+    let paths = place.store.unpack(&layers, Limits::default()).unwrap();
+    assert!(paths[0].join("dir/19").exists());
+}
