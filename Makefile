@@ -21,7 +21,7 @@ test: deps ## Everything: lints, unit tests, guest kernel, end-to-end suites on 
 fuzz: deps ## Fuzz what strangers send for an hour (SECONDS=N, TARGETS="image_name layer"); what is found of new inputs stays in target/fuzz
 	nice -n 19 tests/scripts/fuzz $(or $(SECONDS),3600) $(TARGETS)
 
-bench: build ## Measure husk beside runc, crun and runsc in one testbed run; writes target/bench.json
+bench: build ## Measure husk beside runc, crun and runsc in one testbed run, and pulls beside skopeo and containerd; writes target/bench*.json
 	tests/scripts/bench
 
 testbed: build ## A shell on the testbed's host, with husk in its PATH
