@@ -93,6 +93,8 @@ pub(super) const EVERYBODY: &[Call] = &[
     any(libc::SYS_clock_nanosleep),
     any(libc::SYS_close),
     any(libc::SYS_exit),
+    // Rust's library, where it is built with its own assertions, before it closes a descriptor.
+    when(libc::SYS_fcntl, &[&[Argument(1, Is(libc::F_GETFD as u32))]]),
     any(libc::SYS_exit_group),
     any(libc::SYS_futex),
     any(libc::SYS_getpid),
@@ -226,10 +228,16 @@ pub(super) const FS: &[Call] = &[
     any(libc::SYS_newfstatat),
     any(libc::SYS_openat),
     any(libc::SYS_openat2),
-    // libcap-ng's look at the bounding set, in place of /proc.
+    // libcap-ng looks at all sets before it changes one; at these in place of /proc.
     when(
         libc::SYS_prctl,
-        &[&[Argument(0, Is(libc::PR_CAPBSET_READ as u32))]],
+        &[
+            &[Argument(0, Is(libc::PR_CAPBSET_READ as u32))],
+            &[
+                Argument(0, Is(libc::PR_CAP_AMBIENT as u32)),
+                Argument(1, Is(libc::PR_CAP_AMBIENT_IS_SET as u32)),
+            ],
+        ],
     ),
     any(libc::SYS_pread64),
     any(libc::SYS_preadv),
