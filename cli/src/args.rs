@@ -145,6 +145,9 @@ pub struct Create {
     /// The most processes.
     #[arg(long, value_name = "NUMBER")]
     pub pids_limit: Option<i64>,
+    /// Run an init as its first process, which takes orphans and hands signals on to the program.
+    #[arg(long)]
+    pub init: bool,
     /// Let nothing change its root file system.
     #[arg(long)]
     pub read_only: bool,

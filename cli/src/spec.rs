@@ -283,7 +283,7 @@ pub(crate) fn build(parts: &Parts<'_>) -> Result<Value> {
         mounts.push(mount(target, "tmpfs", "tmpfs", &all));
     }
     mounts.extend(parts.mounts.iter().cloned());
-    let annotations: BTreeMap<&str, &str> = args
+    let mut annotations: BTreeMap<&str, &str> = args
         .annotation
         .iter()
         .map(|word| {
@@ -291,6 +291,9 @@ pub(crate) fn build(parts: &Parts<'_>) -> Result<Value> {
                 .with_context(|| format!("--annotation {word:?} is not KEY=VALUE"))
         })
         .collect::<Result<_>>()?;
+    if args.init {
+        annotations.insert("io.husk.init", "true");
+    }
     let namespaces: Vec<Value> = ["pid", "network", "ipc", "uts", "mount", "cgroup"]
         .iter()
         .map(|kind| json!({"type": kind}))

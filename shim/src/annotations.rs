@@ -1,4 +1,5 @@
-//! What a pod may change by annotation: `io.husk.NAME`, each only where the node's `enabled_annotations` lists it.
+//! What a pod may change by annotation: `io.husk.NAME`, each only where the node's `enabled_annotations` lists it. `io.husk.init` is none of
+//! these: it changes nothing but its own container's first process, so everybody may ask for it, and the agent reads it.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -10,6 +11,9 @@ use crate::config::{Config, ConfigError, DEFAULT_PATH};
 
 /// Prefix of the annotations that are ours.
 const ANNOTATION_PREFIX: &str = "io.husk.";
+
+/// The annotation of a container that wants an init (`agent/src/container/pid1.rs`).
+const INIT: &str = "init";
 
 /// An annotation `io.husk.NAME` of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -82,6 +86,9 @@ impl Config {
             let Some(name) = full.strip_prefix(ANNOTATION_PREFIX) else {
                 continue;
             };
+            if name == INIT {
+                continue;
+            }
             let error = |reason: String| ConfigError::Annotation {
                 name: full.clone(),
                 reason,
@@ -179,6 +186,8 @@ mod tests {
                 debug_console: Some(true)
             }
         );
+        let none = overrides("", &[("io.husk.init", "true")]).unwrap();
+        assert_eq!(none, Overrides::default());
         let message = overrides("", &[("io.husk.vcpus", "2")]).unwrap_err();
         assert!(
             message.contains("io.husk.vcpus") && message.contains("enabled_annotations"),

@@ -25,7 +25,9 @@ use super::identity::{self, Identity};
 use super::job::{CreateJob, ExecJob, FromInit, HooksJob, Job, JobFollows, ToInit};
 use super::seccomp::Filter;
 use super::sys::{self, Forked};
-use super::{StdioFds, exec_lookup, hooks, namespaces, pod_users, rootfs, scheduling, sysctl};
+use super::{
+    StdioFds, exec_lookup, hooks, namespaces, pid1, pod_users, rootfs, scheduling, sysctl,
+};
 use crate::{cgroup, loopback};
 
 /// Runs the job that the agent hands over on stdin. Never returns to the caller's program.
@@ -123,6 +125,7 @@ fn create(
         .process()
         .as_ref()
         .ok_or_else(|| LaunchError::invalid("config.json has no process"))?;
+    let wants_init = pid1::is_wanted(spec)?;
 
     enter_cgroup(&job.cgroup, None, process)?;
     let plan = namespaces::Plan::open(linux, joined)?;
@@ -170,7 +173,7 @@ fn create(
         linux.seccomp().as_ref(),
         linux.personality().as_ref(),
     )?;
-    program.run(channel, || start_hooks(spec, &created))
+    program.run(channel, wants_init, || start_hooks(spec, &created))
 }
 
 /// A further process of a container: both stages.
@@ -215,7 +218,7 @@ fn exec(
         job.seccomp.as_ref(),
         job.personality.as_ref(),
     )?;
-    program.run(channel, || Ok(()))
+    program.run(channel, false, || Ok(()))
 }
 
 /// From here on everything counts against the container, and the kernel may kill it for memory.
@@ -439,10 +442,11 @@ impl Program {
         })
     }
 
-    /// Waits at the gate and becomes the program. Returns with an error, or when the gate has been given up.
+    /// Waits at the gate and becomes the program, or its init and the program. Returns with an error, or when the gate has been given up.
     fn run(
         self,
         channel: &Channel,
+        wants_init: bool,
         start_hooks: impl FnOnce() -> Result<(), LaunchError>,
     ) -> Result<(), LaunchError> {
         let what = || "waiting to be started".to_owned();
@@ -452,6 +456,9 @@ impl Program {
         }
         start_hooks()?;
         channel.send(&FromInit::Executing).step(what)?;
+        if wants_init {
+            pid1::stay_behind(self.late_filter.as_ref())?;
+        }
         sys::reset_signals().step(|| "resetting signals".to_owned())?;
         if let Some(filter) = &self.late_filter {
             filter.install()?;

@@ -24,6 +24,7 @@ mod mounts;
 mod namespaces;
 mod passwd;
 mod paths;
+mod pid1;
 mod pod_users;
 mod rootfs;
 mod scheduling;

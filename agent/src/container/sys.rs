@@ -57,6 +57,18 @@ pub(crate) fn fork_into(namespaces: i32) -> io::Result<Forked> {
     })
 }
 
+/// Forks as fork(2) does: seccomp profiles let that through where they refuse the clone3(2) of [`fork_into`]. Only for the single-threaded
+/// `container-init`, too.
+pub(crate) fn fork() -> io::Result<Forked> {
+    // SAFETY: the process has one thread, so the child finds no lock held by another.
+    match check(unsafe { libc::fork() }.into())? {
+        0 => Ok(Forked::Child),
+        pid => i32::try_from(pid)
+            .map(Forked::Parent)
+            .map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW)),
+    }
+}
+
 /// A change of mount attributes: MOUNT_ATTR_* to set and to clear, and MS_PRIVATE, MS_SLAVE, MS_SHARED or
 /// MS_UNBINDABLE as the new propagation (0 leaves it).
 #[repr(C)]
@@ -189,6 +201,54 @@ pub(crate) fn reset_signals() -> io::Result<()> {
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut())
     };
     check(result.into()).map(drop)
+}
+
+/// Every signal but those that nobody can block.
+fn all_signals() -> libc::sigset_t {
+    // SAFETY: a set is plain data, and sigfillset initialises it.
+    unsafe {
+        let mut all = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        all
+    }
+}
+
+/// Blocks all signals, so that [`next_signal`] gets them.
+pub(crate) fn block_signals() -> io::Result<()> {
+    let all = all_signals();
+    // SAFETY: the set outlives the call, which only reads it.
+    check(
+        unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut()) }
+            .into(),
+    )
+    .map(drop)
+}
+
+/// Waits for one of the signals that [`block_signals`] has blocked.
+pub(crate) fn next_signal() -> io::Result<i32> {
+    let all = all_signals();
+    // SAFETY: the set outlives the call, and no details are asked for.
+    let signal = check(unsafe { libc::sigwaitinfo(&raw const all, std::ptr::null_mut()) }.into())?;
+    i32::try_from(signal).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// Sends a process a signal, a real-time one too.
+pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: two integers.
+    check(unsafe { libc::kill(pid, signal) }.into()).map(drop)
+}
+
+/// Closes every descriptor of a process that opens and uses none from here on.
+pub(crate) fn close_all() {
+    // SAFETY: integers; the caller uses no descriptor afterwards, whoever thinks to own one.
+    if unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) } == 0 {
+        return;
+    }
+    // A seccomp profile that is older than the call. A container-init has a dozen.
+    for fd in 0..256 {
+        // SAFETY: as above.
+        unsafe { libc::close(fd) };
+    }
 }
 
 /// Marks every descriptor from `first` on as close-on-exec.

@@ -13,6 +13,7 @@ mod cgroups;
 mod filesystem;
 mod limits;
 mod namespaces;
+mod pid1;
 mod process;
 mod seccomp;
 mod support;

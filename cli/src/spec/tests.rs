@@ -107,6 +107,7 @@ fn flags_are_in_the_specification() {
         "/t:size=1m",
         "--annotation",
         "a.b=c",
+        "--init",
         "x",
     ])
     .unwrap();
@@ -149,7 +150,10 @@ fn flags_are_in_the_specification() {
             .unwrap()
             .contains(&json!("size=1m"))
     );
-    assert_eq!(spec["annotations"]["a.b"], "c");
+    assert_eq!(
+        spec["annotations"],
+        json!({"a.b": "c", "io.husk.init": "true"})
+    );
     // It is one, for the crate that the shim reads it with.
     serde_json::from_value::<oci_spec::runtime::Spec>(spec).unwrap();
 }
