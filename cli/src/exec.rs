@@ -11,7 +11,6 @@ use containerd_shim_protos::{
     protobuf::{MessageField, well_known_types::any::Any},
     shim_async::TaskClient,
 };
-use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -26,6 +25,8 @@ use crate::{
     command::Code,
     container::{Container, State},
     files,
+    log::Stream,
+    pipes::{Pipes, Wanted},
     place::Place,
     run::on_threads,
     shim::{self, forever, said, soon},
@@ -106,9 +107,7 @@ struct Exec {
     container: String,
     id: String,
     dir: PathBuf,
-    stdin: Option<PathBuf>,
-    stdout: Option<PathBuf>,
-    stderr: Option<PathBuf>,
+    pipes: Pipes,
 }
 
 impl Drop for Exec {
@@ -126,45 +125,36 @@ impl Exec {
         args: &args::Exec,
     ) -> Result<Self> {
         let dir = container.run_dir().join(&id);
-        let mut exec = Self {
+        let made = fs::DirBuilder::new().mode(0o700).create(&dir);
+        made.with_context(|| format!("making {}", dir.display()))?;
+        let wanted = Wanted {
+            stdin: args.interactive && !args.detach,
+            stdout: !args.detach,
+            stderr: !args.detach && !args.tty,
+        };
+        let pipes = Pipes::make(&dir, wanted);
+        if pipes.is_err() {
+            // Nobody else does.
+            let _ = fs::remove_dir_all(&dir);
+        }
+        Ok(Self {
             tasks,
             container: container.record.id.clone(),
             id,
             dir,
-            stdin: None,
-            stdout: None,
-            stderr: None,
-        };
-        let make = |exec: &mut Self| {
-            fs::DirBuilder::new().mode(0o700).create(&exec.dir)?;
-            let pipe = |wanted: bool, name: &str| -> io::Result<Option<PathBuf>> {
-                let path = exec.dir.join(name);
-                if wanted {
-                    mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
-                }
-                Ok(wanted.then_some(path))
-            };
-            exec.stdin = pipe(args.interactive && !args.detach, "stdin")?;
-            exec.stdout = pipe(!args.detach, "stdout")?;
-            exec.stderr = pipe(!args.detach && !args.tty, "stderr")?;
-            Ok::<_, io::Error>(())
-        };
-        make(&mut exec).with_context(|| format!("making pipes in {}", exec.dir.display()))?;
-        Ok(exec)
+            pipes: pipes?,
+        })
     }
 
     async fn run(&mut self, process: &Value, args: &args::Exec) -> Result<u32> {
-        let path = |path: &Option<PathBuf>| match path {
-            Some(path) => path.display().to_string(),
-            None => String::new(),
-        };
+        let [stdin, stdout, stderr] = self.pipes.names();
         let request = ExecProcessRequest {
             id: self.container.clone(),
             exec_id: self.id.clone(),
             terminal: args.tty,
-            stdin: path(&self.stdin),
-            stdout: path(&self.stdout),
-            stderr: path(&self.stderr),
+            stdin,
+            stdout,
+            stderr,
             spec: MessageField::some(Any {
                 type_url: PROCESS.to_owned(),
                 value: serde_json::to_vec(process)?,
@@ -173,7 +163,12 @@ impl Exec {
             ..ExecProcessRequest::default()
         };
         said(self.tasks.exec(soon(), &request).await)?;
-        let outputs = self.outputs()?;
+        let outputs: Vec<JoinHandle<()>> = self
+            .pipes
+            .outputs()?
+            .into_iter()
+            .map(|(pipe, stream)| tokio::spawn(output(pipe, stream)))
+            .collect();
         let started = said(
             self.tasks
                 .start(
@@ -199,10 +194,7 @@ impl Exec {
             false => None,
         };
         let mut helpers = Vec::new();
-        if let Some(path) = &self.stdin {
-            let sender = pipe::OpenOptions::new()
-                .open_sender(path)
-                .with_context(|| format!("opening {}", path.display()))?;
+        if let Some(sender) = self.pipes.input()? {
             helpers.push(tokio::spawn(input(
                 sender,
                 self.tasks.clone(),
@@ -252,29 +244,15 @@ impl Exec {
             tracing::debug!("deleting the process: {error:#}");
         }
     }
-
-    fn outputs(&self) -> Result<Vec<JoinHandle<()>>> {
-        let mut outputs = Vec::new();
-        for (path, is_error) in [(&self.stdout, false), (&self.stderr, true)] {
-            let Some(path) = path else {
-                continue;
-            };
-            let receiver = pipe::OpenOptions::new()
-                .open_receiver(path)
-                .with_context(|| format!("opening {}", path.display()))?;
-            outputs.push(tokio::spawn(output(receiver, is_error)));
-        }
-        Ok(outputs)
-    }
 }
 
-async fn output(mut pipe: pipe::Receiver, is_error: bool) {
+async fn output(mut pipe: pipe::Receiver, stream: Stream) {
     let mut buffer = vec![0; 32 << 10];
     while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
         let data = buffer.get(..count).unwrap_or_default();
-        let shown = match is_error {
-            true => show(&mut io::stderr().lock(), data),
-            false => show(&mut io::stdout().lock(), data),
+        let shown = match stream {
+            Stream::Stderr => show(&mut io::stderr().lock(), data),
+            Stream::Stdout => show(&mut io::stdout().lock(), data),
         };
         // The reader has gone, and with it the wish for more.
         if shown.is_err() {

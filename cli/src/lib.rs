@@ -21,6 +21,7 @@ mod look;
 mod monitor;
 mod names;
 mod network;
+mod pipes;
 mod place;
 mod progress;
 mod pull;

@@ -8,7 +8,7 @@ use std::{
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::DirBuilderExt as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -21,21 +21,16 @@ use containerd_shim_protos::{
     shim_async::TaskClient,
     types::mount::Mount,
 };
-use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::{
-    net::{UnixListener, unix::pipe},
-    sync::Notify,
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{net::UnixListener, sync::Notify, task::JoinHandle, time::timeout};
 
 use crate::{
     args,
     container::{Container, State, Status},
-    log::{Log, Stream},
+    log::Log,
     network::{self, Attached},
+    pipes::{Pipes, Wanted},
     place::Place,
     shim::{self, Shim, forever, said, soon},
 };
@@ -188,7 +183,11 @@ impl Monitored<'_> {
         let tasks = shim::connect(&address).await?;
         said(tasks.create(soon(), &self.create_request(&pipes)).await)?;
         // From here on the shim holds the other ends.
-        let outputs = pipes.outputs(&hub)?;
+        let outputs: Vec<JoinHandle<()>> = pipes
+            .outputs()?
+            .into_iter()
+            .map(|(pipe, stream)| tokio::spawn(hub::output(pipe, Arc::clone(&hub), stream)))
+            .collect();
         hub.connect(tasks.clone(), id.clone(), pipes.input()?).await;
         let start = StartRequest {
             id: id.clone(),
@@ -215,26 +214,16 @@ impl Monitored<'_> {
     }
 
     fn make_pipes(&self) -> Result<Pipes> {
-        let make = || {
-            let mut builder = fs::DirBuilder::new();
-            builder.recursive(true).mode(0o700).create(&self.run_dir)?;
-            let pipe = |wanted: bool, name: &str| -> io::Result<Option<PathBuf>> {
-                if !wanted {
-                    return Ok(None);
-                }
-                let path = self.run_dir.join(name);
-                mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
-                Ok(Some(path))
-            };
-            let record = &self.container.record;
-            Ok::<_, io::Error>(Pipes {
-                stdin: pipe(record.stdin, "stdin")?,
-                stdout: pipe(true, "stdout")?,
-                stderr: pipe(!record.terminal, "stderr")?,
-            })
+        let mut builder = fs::DirBuilder::new();
+        let made = builder.recursive(true).mode(0o700).create(&self.run_dir);
+        made.with_context(|| format!("making {}", self.run_dir.display()))?;
+        let record = &self.container.record;
+        let wanted = Wanted {
+            stdin: record.stdin,
+            stdout: true,
+            stderr: !record.terminal,
         };
-        make()
-            .with_context(|| format!("making the container's pipes in {}", self.run_dir.display()))
+        Pipes::make(&self.run_dir, wanted)
     }
 
     /// The specification, with what only this host and this start know.
@@ -298,18 +287,15 @@ impl Monitored<'_> {
             options,
             ..Mount::default()
         };
-        let path = |path: &Option<PathBuf>| match path {
-            Some(path) => path.display().to_string(),
-            None => String::new(),
-        };
+        let [stdin, stdout, stderr] = pipes.names();
         CreateTaskRequest {
             id: record.id.clone(),
             bundle: self.bundle.display().to_string(),
             rootfs: vec![rootfs],
             terminal: record.terminal,
-            stdin: path(&pipes.stdin),
-            stdout: path(&pipes.stdout),
-            stderr: path(&pipes.stderr),
+            stdin,
+            stdout,
+            stderr,
             options: MessageField::none(),
             ..CreateTaskRequest::default()
         }
@@ -333,39 +319,6 @@ async fn wait_for_end(tasks: &TaskClient, id: &str) -> Result<u32> {
         tracing::warn!("deleting the container's task: {error:#}");
     }
     Ok(ended.exit_status)
-}
-
-/// The container's pipes, on the disk.
-struct Pipes {
-    stdin: Option<PathBuf>,
-    stdout: Option<PathBuf>,
-    stderr: Option<PathBuf>,
-}
-
-impl Pipes {
-    /// Reads the output, from now on.
-    fn outputs(&self, hub: &Arc<Hub>) -> Result<Vec<JoinHandle<()>>> {
-        let mut outputs = Vec::new();
-        for (path, stream) in [
-            (&self.stdout, Stream::Stdout),
-            (&self.stderr, Stream::Stderr),
-        ] {
-            if let Some(path) = path {
-                let receiver = open(path, |path| pipe::OpenOptions::new().open_receiver(path))?;
-                outputs.push(tokio::spawn(hub::output(receiver, Arc::clone(hub), stream)));
-            }
-        }
-        Ok(outputs)
-    }
-
-    fn input(&self) -> Result<Option<pipe::Sender>> {
-        let open = |path: &PathBuf| open(path, |path| pipe::OpenOptions::new().open_sender(path));
-        self.stdin.as_ref().map(open).transpose()
-    }
-}
-
-fn open<T>(path: &Path, open: impl Fn(&Path) -> io::Result<T>) -> Result<T> {
-    open(path).with_context(|| format!("opening {}", path.display()))
 }
 
 /// Its log of its own, for what nobody sees otherwise.
