@@ -12,7 +12,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     archives,
     args::{Args, Command},
-    doctor, exec, images, lifecycle, look, monitor, network,
+    doctor, exec, images, lifecycle, logs, look, monitor, network,
     place::Place,
     pull, run, stats, version,
 };
@@ -37,7 +37,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Start(args) => run::start(&place, &args),
         Command::Attach(args) => run::attach_to(&place, &args),
         Command::Exec(args) => exec::exec(&place, &args),
-        Command::Logs(args) => look::logs(&place, &args),
+        Command::Logs(args) => logs::logs(&place, &args),
         Command::Ps(args) => look::list(&place, &args),
         Command::Inspect(args) => look::inspect(&place, &args),
         Command::Stop(args) => lifecycle::stop(&place, &args),

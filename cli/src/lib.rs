@@ -17,6 +17,7 @@ mod images;
 mod jail;
 mod lifecycle;
 mod log;
+mod logs;
 mod look;
 mod monitor;
 mod names;

@@ -1,14 +1,11 @@
-//! `husk ps`, `inspect` and `logs`.
+//! `husk ps` and `inspect`.
 
 use std::{
-    fs::File,
-    io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
-    path::Path,
-    thread,
+    io::{self, Write as _},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde_json::json;
@@ -21,9 +18,6 @@ use crate::{
     place::Place,
     table,
 };
-
-/// How often a log that is followed is looked at.
-const AGAIN: Duration = Duration::from_millis(100);
 
 /// A line of `husk ps`, with docker's keys.
 #[derive(Serialize)]
@@ -168,107 +162,4 @@ pub(crate) fn inspect(place: &Place, args: &args::Containers) -> Result<()> {
         true => Err(Code::silent(1)),
         false => Ok(()),
     }
-}
-
-pub(crate) fn logs(place: &Place, args: &args::Logs) -> Result<()> {
-    let container = place.containers()?.find(&args.container)?;
-    let mut entries = Vec::new();
-    let [older, path] = log::files(&container.dir);
-    entries.extend(read(&older)?.0);
-    let (newer, mut read_to) = read(&path)?;
-    entries.extend(newer);
-    let skipped = args
-        .tail
-        .map_or(0, |tail| entries.len().saturating_sub(tail));
-    for entry in entries.iter().skip(skipped) {
-        show(entry, args.timestamps)?;
-    }
-    if !args.follow {
-        return Ok(());
-    }
-    loop {
-        // Looked at before the log: what the container wrote last is in it then.
-        let runs = container
-            .status()
-            .is_ok_and(|status| status.state == State::Running);
-        let mut file = match File::open(&path) {
-            Ok(file) => file,
-            // It has not written yet, or it has gone.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if !runs {
-                    break;
-                }
-                thread::sleep(AGAIN);
-                continue;
-            }
-            Err(error) => return Err(error).with_context(|| format!("opening {}", path.display())),
-        };
-        if file.metadata()?.len() < read_to {
-            // The next file has begun; the rest of the one before is in the older one.
-            show_rest(&older, read_to, args.timestamps)?;
-            read_to = 0;
-        }
-        file.seek(SeekFrom::Start(read_to))?;
-        read_to += show_lines(BufReader::new(file), args.timestamps)?;
-        if !runs {
-            break;
-        }
-        thread::sleep(AGAIN);
-    }
-    Ok(())
-}
-
-fn show_rest(path: &Path, from: u64, timestamps: bool) -> Result<()> {
-    let mut file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-    file.seek(SeekFrom::Start(from))?;
-    show_lines(BufReader::new(file), timestamps).map(drop)
-}
-
-/// Shows whole lines; says how many bytes they had.
-fn show_lines(mut from: impl io::BufRead, timestamps: bool) -> Result<u64> {
-    let mut shown = 0;
-    loop {
-        let mut line = String::new();
-        let count = from.read_line(&mut line)?;
-        if !line.ends_with('\n') {
-            return Ok(shown);
-        }
-        if let Ok(entry) = serde_json::from_str(&line) {
-            show(&entry, timestamps)?;
-        }
-        shown += count as u64;
-    }
-}
-
-/// A file's entries, and how far it was read.
-fn read(path: &Path) -> Result<(Vec<log::Entry>, u64)> {
-    let mut text = String::new();
-    match File::open(path) {
-        Ok(mut file) => drop(file.read_to_string(&mut text)?),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error).with_context(|| format!("opening {}", path.display())),
-    }
-    // A line that is being written is the next look's.
-    let whole = text.rfind('\n').map_or(0, |end| end + 1);
-    let lines = text.get(..whole).unwrap_or_default().lines();
-    let entries = lines
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect();
-    Ok((entries, whole as u64))
-}
-
-fn show(entry: &log::Entry, timestamps: bool) -> Result<()> {
-    let time = match timestamps {
-        true => format!("{} ", entry.time),
-        false => String::new(),
-    };
-    match &*entry.stream {
-        "stderr" => write!(io::stderr().lock(), "{time}{}", entry.log)?,
-        _ => {
-            let mut out = io::stdout().lock();
-            write!(out, "{time}{}", entry.log)?;
-            out.flush()?;
-        }
-    }
-    Ok(())
 }
