@@ -12,7 +12,7 @@ use husk_image::{
     layer::Limits,
     manifest::Platform,
     name::ImageName,
-    store::{Image, Listed, Store},
+    store::{Image, Store},
 };
 use oci_spec::image::Config;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -245,7 +245,7 @@ fn make(place: &Place, args: &args::Create, attached: bool) -> Result<Container>
     place.for_containers()?;
     let store = place.store()?;
     let holder = store.begin()?;
-    let (image, _) = image(place, &store, args)?;
+    let image = image(place, &store, args)?;
     let config = image.config.config().clone().unwrap_or_default();
     let layers = store.unpack(&image.layers, Limits::default())?;
     let id = random_hex()?;
@@ -333,37 +333,45 @@ fn stop_signal(args: &args::Create, config: &Config) -> String {
 }
 
 /// The image, pulled if that is wanted.
-fn image(place: &Place, store: &Store, args: &args::Create) -> Result<(Image, String)> {
+fn image(place: &Place, store: &Store, args: &args::Create) -> Result<Image> {
     let here = Platform::here();
     let word = &args.image;
-    let look = || -> Result<Option<Listed>> {
-        let images = store.list(&here)?;
-        Ok(find(&images, word)
-            .ok()
-            .and_then(|found| found.first().map(|image| (*image).clone())))
-    };
-    let mut found = match args.pull {
-        PullPolicy::Always => None,
-        _ => look()?,
-    };
-    if found.is_none() && args.pull != PullPolicy::Never {
+    if args.pull != PullPolicy::Always
+        && let Some(image) = find_image(store, word, &here)?
+    {
+        return Ok(image);
+    }
+    if args.pull != PullPolicy::Never {
         let name: ImageName = word.parse()?;
         if args.pull == PullPolicy::Missing && !args.quiet && io::stderr().is_terminal() {
             eprintln!("husk: there is no image {name} here, pulling it");
         }
         pull::pull_for_run(place, &name, args.quiet)?;
-        found = look()?;
+        if let Some(image) = find_image(store, word, &here)? {
+            return Ok(image);
+        }
     }
-    let Some(found) = found else {
-        bail!("there is no image {word:?}: `husk pull {word}` pulls it");
+    bail!("there is no image {word:?}: `husk pull {word}` pulls it");
+}
+
+/// The image that a user means, in the words of [`find`].
+fn find_image(store: &Store, word: &str, here: &Platform) -> Result<Option<Image>> {
+    let whole = word.parse::<ImageName>().map(|name| name.to_string());
+    for name in [Ok(word.to_owned()), whole].into_iter().flatten() {
+        if let Some(image) = store.image(&name, here)? {
+            return Ok(Some(image));
+        }
+    }
+    // Only an id has all images looked at.
+    let images = store.list(here)?;
+    let found = find(&images, word).ok();
+    let Some(listed) = found.and_then(|found| found.first().copied()) else {
+        return Ok(None);
     };
-    match found.image {
-        Some(image) => Ok((image, found.name)),
+    match &listed.image {
+        Some(image) => Ok(Some(image.clone())),
         // Its own words.
-        None => match store.image(&found.name, &here)? {
-            Some(image) => Ok((image, found.name)),
-            None => bail!("the image {word:?} has gone"),
-        },
+        None => Ok(store.image(&listed.name, here)?),
     }
 }
 

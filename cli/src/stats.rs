@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -11,6 +10,7 @@ use containerd_shim_protos::{
     api::StatsRequest, cgroups_v2::metrics::Metrics, protobuf::Message as _,
 };
 use serde::Serialize;
+use tokio::time::sleep;
 
 use crate::{
     args,
@@ -55,15 +55,22 @@ struct Line {
 }
 
 pub(crate) fn stats(place: &Place, args: &args::Stats) -> Result<()> {
+    on_threads(show(place, args))
+}
+
+async fn show(place: &Place, args: &args::Stats) -> Result<()> {
     loop {
         let containers = wanted(place, &args.containers)?;
-        let before: Vec<Option<Sample>> = containers.iter().map(look).collect();
-        thread::sleep(BETWEEN);
+        let before = look_at_all(&containers).await;
+        sleep(BETWEEN).await;
+        let now = look_at_all(&containers).await;
         let lines: Vec<Line> = containers
             .iter()
-            .zip(before)
+            .zip(before.iter().zip(&now))
             // One that has ended between the two has nothing to tell.
-            .filter_map(|(container, before)| Some(line(container, &before?, &look(container)?)))
+            .filter_map(|(container, (before, now))| {
+                Some(line(container, before.as_ref()?, now.as_ref()?))
+            })
             .collect();
         if !args.no_stream && io::stdout().is_terminal() {
             // Clears the screen and goes to its corner (ECMA-48, ED and CUP).
@@ -116,43 +123,52 @@ fn wanted(place: &Place, words: &[String]) -> Result<Vec<Container>> {
     Ok(found)
 }
 
-fn look(container: &Container) -> Option<Sample> {
-    let sample = on_threads(async {
-        let address = container.status()?.address.context("it has no shim")?;
-        let request = StatsRequest {
-            id: container.record.id.clone(),
-            ..StatsRequest::default()
-        };
-        let answer = said(shim::connect(&address).await?.stats(soon(), &request).await)?;
-        let stats = answer
-            .stats
-            .into_option()
-            .context("the shim has no figures")?;
-        if stats.type_url != TYPE {
-            bail!(
-                "the shim has figures of the kind {}: the host has no cgroup v2",
-                stats.type_url
-            );
-        }
-        let metrics = Metrics::parse_from_bytes(&stats.value)?;
-        Ok(Sample {
-            at: Instant::now(),
-            cpu: Duration::from_micros(metrics.cpu.usage_usec),
-            memory: metrics.memory.usage,
-            limit: metrics.memory.usage_limit,
-            pids: metrics.pids.current,
-        })
-    });
-    match sample {
-        Ok(sample) => Some(sample),
-        Err(error) => {
-            tracing::debug!(
-                "asking for the figures of {}: {error:#}",
-                container.record.name
-            );
-            None
-        }
+/// At all of them at once: one whose guest is slow to answer does not make the others' figures older.
+async fn look_at_all(containers: &[Container]) -> Vec<Option<Sample>> {
+    let looks: Vec<_> = containers
+        .iter()
+        .map(|container| tokio::spawn(look(container.clone())))
+        .collect();
+    let mut samples = Vec::new();
+    for (look, container) in looks.into_iter().zip(containers) {
+        let sample = look.await.map_err(anyhow::Error::from).flatten();
+        samples.push(match sample {
+            Ok(sample) => Some(sample),
+            Err(error) => {
+                let name = &container.record.name;
+                tracing::debug!("asking for the figures of {name}: {error:#}");
+                None
+            }
+        });
     }
+    samples
+}
+
+async fn look(container: Container) -> Result<Sample> {
+    let address = container.status()?.address.context("it has no shim")?;
+    let request = StatsRequest {
+        id: container.record.id,
+        ..StatsRequest::default()
+    };
+    let answer = said(shim::connect(&address).await?.stats(soon(), &request).await)?;
+    let stats = answer
+        .stats
+        .into_option()
+        .context("the shim has no figures")?;
+    if stats.type_url != TYPE {
+        bail!(
+            "the shim has figures of the kind {}: the host has no cgroup v2",
+            stats.type_url
+        );
+    }
+    let metrics = Metrics::parse_from_bytes(&stats.value)?;
+    Ok(Sample {
+        at: Instant::now(),
+        cpu: Duration::from_micros(metrics.cpu.usage_usec),
+        memory: metrics.memory.usage,
+        limit: metrics.memory.usage_limit,
+        pids: metrics.pids.current,
+    })
 }
 
 fn line(container: &Container, before: &Sample, now: &Sample) -> Line {
