@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -43,6 +43,8 @@ pub enum Command {
     Attach(Attach),
     /// Show what a container has written.
     Logs(Logs),
+    /// Copy files between the host and a container.
+    Cp(Cp),
     /// List containers.
     Ps(Ps),
     /// Ask containers to end, and kill those that do not.
@@ -282,6 +284,21 @@ pub struct Logs {
     pub timestamps: bool,
     /// The container.
     pub container: String,
+}
+
+/// `husk cp`.
+#[derive(Debug, clap::Args)]
+pub struct Cp {
+    /// Keep owners; of a container's files, also what gives a program its owner's rights.
+    #[arg(short, long)]
+    pub archive: bool,
+    /// Copy what a link SOURCE leads to, not the link.
+    #[arg(short = 'L', long)]
+    pub follow_link: bool,
+    /// CONTAINER:PATH, a path of the host, or "-" for a tar archive on standard input.
+    pub source: OsString,
+    /// CONTAINER:PATH, a path of the host, or "-" for a tar archive on standard output.
+    pub destination: OsString,
 }
 
 /// `husk ps`.

@@ -12,7 +12,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     archives,
     args::{Args, Command},
-    doctor, exec, images, lifecycle, logs, look, monitor, network,
+    cp, doctor, exec, images, lifecycle, logs, look, monitor, network,
     place::Place,
     pull, run, stats, version,
 };
@@ -38,6 +38,7 @@ pub fn run(args: Args) -> Result<()> {
         Command::Attach(args) => run::attach_to(&place, &args),
         Command::Exec(args) => exec::exec(&place, &args),
         Command::Logs(args) => logs::logs(&place, &args),
+        Command::Cp(args) => cp::cp(&place, &args),
         Command::Ps(args) => look::list(&place, &args),
         Command::Inspect(args) => look::inspect(&place, &args),
         Command::Stop(args) => lifecycle::stop(&place, &args),

@@ -4,6 +4,7 @@
 //! ROOT/containers/ID/container.json   what it is, as it was created; never changed
 //!                    status.json      how far it is; written by its monitor
 //!                    lock             held by its monitor as long as there is one
+//!                    files            held by who copies its files while it runs
 //!                    bundle/          what the shim is given
 //!                    upper/, work/    what the container changes of its root file system
 //!                    log              its output, as docker's json-file
@@ -205,6 +206,21 @@ impl Container {
         }
     }
 
+    /// Holds its files while they are copied, though it may end meanwhile: it does not start again before that is over.
+    pub(crate) fn hold_files(&self) -> io::Result<File> {
+        lock(&self.files_path(), FlockOperation::NonBlockingLockShared)
+    }
+
+    /// Does anybody hold its files? Its root file system must not be mounted twice then.
+    pub(crate) fn has_held_files(&self) -> bool {
+        let held = lock(&self.files_path(), FlockOperation::NonBlockingLockExclusive);
+        held.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    fn files_path(&self) -> PathBuf {
+        self.dir.join("files")
+    }
+
     fn lock_path(&self) -> PathBuf {
         self.dir.join("lock")
     }
@@ -387,6 +403,11 @@ mod tests {
         container.wait_for_monitor().unwrap();
         // Whoever looks leaves nothing there: the container may be going.
         assert!(!container.dir.join("lock").exists());
+        assert!(!container.has_held_files());
+        let files = [container.hold_files(), container.hold_files()].map(Result::unwrap);
+        assert!(container.has_held_files());
+        drop(files);
+        assert!(!container.has_held_files());
         let lock = container.try_lock().unwrap().unwrap();
         assert!(container.try_lock().unwrap().is_none());
         assert!(container.has_monitor());

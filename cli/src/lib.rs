@@ -8,6 +8,7 @@ pub mod args;
 mod attach;
 pub mod command;
 mod container;
+mod cp;
 mod doctor;
 mod exec;
 mod files;

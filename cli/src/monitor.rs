@@ -86,6 +86,10 @@ fn start_and_wait(place: &Place, args: &args::Monitor) -> Result<()> {
     let Some(_lock) = lock else {
         bail!("container {} is running", container.record.name);
     };
+    if container.has_held_files() {
+        let name = &container.record.name;
+        bail!("files of container {name} are being copied still: start it when `husk cp` is done");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
