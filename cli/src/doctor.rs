@@ -1,7 +1,12 @@
 //! `husk doctor`: what this host can do and what it cannot, each trouble with its remedy.
 
+mod containerd;
+mod parts;
+
 use std::{
-    env, fs,
+    env,
+    ffi::OsStr,
+    fs,
     io::{self, Write as _},
     path::{Path, PathBuf},
 };
@@ -9,7 +14,7 @@ use std::{
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::{args, args::Format, command::Code, jail, network, shim};
+use crate::{args, args::Format, command::Code, jail, network};
 
 /// How it stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -49,7 +54,7 @@ fn of_the_host() -> Vec<Finding> {
     let host = Host {
         root: PathBuf::from("/"),
     };
-    vec![
+    [
         host.kvm(),
         host.kernel(),
         host.cgroups(),
@@ -57,11 +62,14 @@ fn of_the_host() -> Vec<Finding> {
         host.tun(),
         host.vhost(),
         host.traffic(),
-        parts(),
+        parts::there(),
+        parts::versions(),
         plugins(),
         certificates(),
-        host.containerd(),
     ]
+    .into_iter()
+    .chain(containerd::findings(&host))
+    .collect()
 }
 
 fn tell(findings: &[Finding], format: Format) -> Result<()> {
@@ -282,75 +290,16 @@ impl Host {
             ),
         }
     }
-
-    fn containerd(&self) -> Finding {
-        const CHECK: &str = "containerd";
-        let config = self.read("etc/containerd/config.toml");
-        if config.contains("io.containerd.husk.v2") {
-            return finding(CHECK, Verdict::Ok, "has the runtime handler husk", "");
-        }
-        let there = env::split_paths(&env::var_os("PATH").unwrap_or_default())
-            .any(|dir| dir.join("containerd").exists());
-        match there {
-            false => finding(CHECK, Verdict::Ok, "none here; husk needs none", ""),
-            true => finding(
-                CHECK,
-                Verdict::Warning,
-                "its configuration names no runtime handler husk: `ctr run --runtime io.containerd.husk.v2` works, RuntimeClass does not",
-                "deploy/containerd-1.7.toml or containerd-2.toml of husk's sources has the lines",
-            ),
-        }
-    }
 }
 
-/// husk's own programs.
-fn parts() -> Finding {
-    const CHECK: &str = "husk's parts";
-    const REMEDY: &str = "`make install` puts them where they are looked for";
-    let program = shim::program();
-    let in_path = |name: &Path| {
-        let path = env::var_os("PATH").unwrap_or_default();
-        env::split_paths(&path)
-            .map(|dir| dir.join(name))
-            .find(|path| path.exists())
-    };
-    let found = if program.is_absolute() {
-        Some(program)
-    } else {
-        in_path(&program)
-    };
-    let Some(shim) = found else {
-        return finding(
-            CHECK,
-            Verdict::Failure,
-            "there is no containerd-shim-husk-v2",
-            REMEDY,
-        );
-    };
-    let lib = shim
-        .parent()
-        .and_then(Path::parent)
-        .map(|prefix| prefix.join("lib/husk"));
-    let lib = lib.unwrap_or_else(|| PathBuf::from("/usr/lib/husk"));
-    let missing: Vec<&str> = ["husk-vmm", "vmlinux", "initramfs.cpio"]
-        .into_iter()
-        .filter(|name| !lib.join(name).exists())
-        .collect();
-    match missing.is_empty() {
-        true => finding(
-            CHECK,
-            Verdict::Ok,
-            format!("{} and {}", shim.display(), lib.display()),
-            "",
-        ),
-        // /etc/husk/config.toml may name others.
-        false => finding(
-            CHECK,
-            Verdict::Warning,
-            format!("{} has no {}", lib.display(), missing.join(", ")),
-            REMEDY,
-        ),
-    }
+/// A program in the directories of a PATH.
+fn in_path(root: &Path, path: &OsStr, program: &str) -> Option<PathBuf> {
+    env::split_paths(path)
+        .map(|dir| {
+            root.join(dir.strip_prefix("/").unwrap_or(&dir))
+                .join(program)
+        })
+        .find(|path| path.exists())
 }
 
 fn plugins() -> Finding {
@@ -414,10 +363,6 @@ mod tests {
             ("proc/filesystems", "nodev\ttmpfs\n\text4\n"),
             ("sys/fs/cgroup/cgroup.controllers", "cpu"),
             ("lib/modules/6.12.3-amd64/modules.dep", modules),
-            (
-                "etc/containerd/config.toml",
-                "runtime_type = 'io.containerd.husk.v2'",
-            ),
         ]);
         for finding in [
             host.kvm(),
@@ -427,7 +372,6 @@ mod tests {
             host.tun(),
             host.vhost(),
             host.traffic(),
-            host.containerd(),
         ] {
             assert_eq!(finding.verdict, Verdict::Ok, "{finding:?}");
         }
