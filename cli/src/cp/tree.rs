@@ -153,7 +153,7 @@ fn assemble(container: &Container, pid: Option<u32>) -> Result<(OwnedFd, File, V
     unshare(CloneFlags::CLONE_FS)?;
     let rootfs = match pid {
         Some(pid) => {
-            let rootfs = shims_rootfs(pid, &container.record.id)?;
+            let (pid, rootfs) = shims_rootfs(pid, &container.record.id)?;
             let namespace = File::open(format!("/proc/{pid}/ns/mnt"))
                 .context("finding the mounts of its shim")?;
             setns(namespace, CloneFlags::CLONE_NEWNS).context("entering the mounts of its shim")?;
@@ -210,11 +210,21 @@ fn change(at: &Path, flags: MsFlags) -> Result<()> {
     changed.with_context(|| format!("changing the mount {}", at.display()))
 }
 
-/// Where a container's shim has its root file system, in the shim's mount namespace (shim/src/share.rs).
-fn shims_rootfs(pid: u32, id: &str) -> Result<PathBuf> {
-    let path = format!("/proc/{pid}/mountinfo");
-    let mounts = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    find_rootfs(&mounts, id).context("its shim has no root file system of it")
+/// A container's shim, and where that has its root file system in its mount namespace (shim/src/share.rs). A task's pid is the shim's, or that
+/// of the VMM, which is the shim's child and sees nothing of it in its jail.
+fn shims_rootfs(pid: u32, id: &str) -> Result<(u32, PathBuf)> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    let parent = parent.and_then(|parent| parent.trim().parse().ok());
+    for pid in [Some(pid), parent].into_iter().flatten() {
+        let path = format!("/proc/{pid}/mountinfo");
+        let mounts = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        if let Some(rootfs) = find_rootfs(&mounts, id) {
+            return Ok((pid, rootfs));
+        }
+    }
+    bail!("its shim has no root file system of it")
 }
 
 /// Looks for it in a mountinfo (proc_pid_mountinfo(5)).
