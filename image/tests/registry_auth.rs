@@ -15,7 +15,7 @@ mod images;
 mod registry;
 
 use std::sync::{
-    Arc,
+    Arc, Barrier,
     atomic::{AtomicUsize, Ordering},
 };
 
@@ -68,21 +68,27 @@ fn giving(ground: &Ground, token: Fault) -> Proxy {
 #[test]
 fn a_token_that_ends_in_a_pull_is_renewed() {
     let ground = Ground::new(&[]);
-    let blob = format!("blobs/{}", ground.layers[1]);
+    let [lower, upper] = [0, 1].map(|at| format!("blobs/{}", ground.layers[at]));
     // The first token is good until the upper layer has been cut off.
     let given = AtomicUsize::new(0);
     let good = AtomicUsize::new(1);
+    // The layers come at once: neither is refused, and has the next token for both, before the other has asked with the first.
+    let both = Barrier::new(2);
     let proxy = Proxy::new(&ground.registry.host, move |request, before| {
         if request.path.starts_with("/token") {
             let number = given.fetch_add(1, Ordering::SeqCst) + 1;
             let text = format!(r#"{{"access_token": "number-{number}", "expires_in": 60}}"#);
             return Fault::Answer(200, String::new(), text.into_bytes());
         }
+        let is_upper = request.path.contains(&upper);
+        if is_upper && before == 1 || request.path.contains(&lower) && before == 0 {
+            both.wait();
+        }
         let right = format!("Bearer number-{}", good.load(Ordering::SeqCst));
         if request.header("authorization") != Some(&*right) {
             return demand(&format!("http://{}/token", request.header("host").unwrap()));
         }
-        if request.path.contains(&blob) && before == 0 {
+        if is_upper && before == 0 {
             good.store(2, Ordering::SeqCst);
             return Fault::CutOff(1_000_000);
         }
@@ -92,6 +98,7 @@ fn a_token_that_ends_in_a_pull_is_renewed() {
     assert_eq!(long(&pulled), noise(LONG));
     let asked = ["bytes=0-", "bytes=1000000-", "bytes=1000000-"];
     assert_eq!(ranges(&proxy, &ground.layers[1]), asked);
+    assert_eq!(ranges(&proxy, &ground.layers[0]), ["bytes=0-"; 2]);
     let seen = proxy.seen();
     let tokens = seen.iter().filter(|r| r.path.starts_with("/token"));
     assert_eq!(tokens.count(), 2, "each token is asked for once");
