@@ -6,7 +6,8 @@
 //! [starter](crate::starter): its filter is the union of those of the devices' threads, which it starts, and each of those then takes
 //! its own. A thread whose filter cannot be had does not run; a call that is not on its list ends the process, and the shim says so.
 //!
-//! One call is refused rather than deadly: `clone3`, whose flags a filter cannot see, whereupon the C library takes `clone`.
+//! Two calls are refused rather than deadly, as the C library makes them and goes on without: `clone3`, whose flags a filter cannot see,
+//! whereupon it takes `clone`; and to open a file, where a thread has no business with files.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -88,13 +89,31 @@ impl Kind {
             thread: self.name(),
             source,
         };
-        if self == Self::Starter {
-            // Inherited by all that it starts. The stricter of two answers counts, which is why the lists have it too.
-            let refusal = refused().map_err(|e| failed(e.into()))?;
-            seccompiler::apply_filter(&refusal).map_err(failed)?;
+        for program in [self.refusals(), self.program()] {
+            let program = program.map_err(|e| failed(e.into()))?;
+            seccompiler::apply_filter(&program).map_err(failed)?;
         }
-        let program = self.program().map_err(|e| failed(e.into()))?;
-        seccompiler::apply_filter(&program).map_err(failed)
+        Ok(())
+    }
+
+    /// What is answered with an error. Of two filters' answers the stricter counts, which is why [`Self::allowed`] has these too.
+    fn refusals(self) -> Result<BpfProgram, BackendError> {
+        let (calls, errno) = match self.refused() {
+            // By the starter, and inherited by all that it starts.
+            [] => (lists::UNSEEN, libc::ENOSYS),
+            calls => (calls, libc::EACCES),
+        };
+        let calls: Vec<_> = calls.iter().collect();
+        let answer = SeccompAction::Errno(errno.cast_unsigned());
+        filter(&calls, SeccompAction::Allow, answer)
+    }
+
+    /// Calls that would be of no use to it.
+    fn refused(self) -> &'static [Call] {
+        match self {
+            Self::Starter | Self::Fs => &[],
+            _ => lists::FILES,
+        }
     }
 
     fn program(self) -> Result<BpfProgram, BackendError> {
@@ -131,6 +150,7 @@ impl Kind {
         own.iter()
             .copied()
             .chain([lists::EVERYBODY])
+            .chain([self.refused()])
             .flatten()
             .collect()
     }
@@ -180,13 +200,6 @@ const fn when(number: c_long, when: &'static [&'static [Argument]]) -> Call {
     Call { number, when }
 }
 
-/// Calls that are answered with `ENOSYS`.
-fn refused() -> Result<BpfProgram, BackendError> {
-    let enosys = SeccompAction::Errno(libc::ENOSYS as u32);
-    let calls: Vec<_> = lists::REFUSED.iter().collect();
-    filter(&calls, SeccompAction::Allow, enosys)
-}
-
 fn filter(
     calls: &[&'static Call],
     otherwise: SeccompAction,
@@ -234,8 +247,8 @@ mod tests {
             let program = kind.program().unwrap();
             // BPF_MAXINSNS (linux/bpf_common.h).
             assert!(program.len() < 4096, "{kind:?}: {}", program.len());
+            kind.refusals().unwrap();
         }
-        refused().unwrap();
     }
 
     /// Nobody is given by one list what the module's head denies.

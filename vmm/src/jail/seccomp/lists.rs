@@ -266,5 +266,9 @@ pub(super) const FS: &[Call] = &[
     any(libc::SYS_utimensat),
 ];
 
+/// Answered with `EACCES` where there is no business with files: glibc's malloc looks into /proc/sys/vm/overcommit_memory before it gives
+/// memory back, and can do without.
+pub(super) const FILES: &[Call] = &[any(libc::SYS_openat)];
+
 /// Answered with `ENOSYS`: the flags of `clone3` lie in memory, where a filter cannot look; `clone` says them.
-pub(super) const REFUSED: &[Call] = &[any(libc::SYS_clone3)];
+pub(super) const UNSEEN: &[Call] = &[any(libc::SYS_clone3)];
