@@ -17,6 +17,9 @@ use crate::{cgroup, loopback};
 /// Where cgroup v2 is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
+/// The guest's own /etc/resolv.conf, where it can be written.
+pub(crate) const RESOLV_CONF: &str = "/run/resolv.conf";
+
 /// Open files of the agent at most: a few for each stream of each process.
 const OPEN_FILES: u64 = 1 << 20;
 
@@ -176,6 +179,9 @@ pub fn prepare() -> Result<(), BootError> {
 /// `/proc/self/exe`, could otherwise take its permissions away from all the others'. The whole of it, as PID 1 runs from the kernel's first
 /// mount of it, which no flags of a later one bind.
 fn close_root() -> io::Result<()> {
+    // What a pod's DNS is comes later, and is written elsewhere.
+    fs::create_dir_all("/etc")?;
+    symlink(RESOLV_CONF, "/etc/resolv.conf")?;
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     Ok(mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)?)
 }

@@ -20,6 +20,7 @@ use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd::{SysconfVar, sethostname, sysconf};
 
+use crate::boot::RESOLV_CONF;
 use crate::container::sysctl;
 use crate::error::AgentError;
 use crate::net;
@@ -109,8 +110,7 @@ impl Plan {
             })?;
         }
         if let Some(text) = resolv_conf(&request) {
-            fs::create_dir_all("/etc")
-                .and_then(|()| fs::write("/etc/resolv.conf", text))
+            fs::write(RESOLV_CONF, text)
                 .map_err(|e| AgentError::guest("writing /etc/resolv.conf", e))?;
         }
         for (file, value) in sysctls {
