@@ -50,6 +50,9 @@ pub mod ports {
 /// its id and not by a pid, which may have become another process's.
 pub const JOINED_NAMESPACE: &str = "joined";
 
+/// The annotation of a container that wants an init: `true` or `false`.
+pub const INIT_ANNOTATION: &str = "io.husk.init";
+
 /// From this correction on, in nanoseconds, `AdjustClock` sets the clock; one that is less is made gradually, by 500 ppm at most. The step
 /// threshold of ntpd(8).
 pub const CLOCK_STEP_NS: u64 = 128_000_000;

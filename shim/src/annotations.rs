@@ -4,16 +4,13 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use husk_protocol::vm::MIN_MEMORY_MIB;
+use husk_protocol::{INIT_ANNOTATION, vm::MIN_MEMORY_MIB};
 use serde::Deserialize;
 
 use crate::config::{Config, ConfigError, DEFAULT_PATH};
 
 /// Prefix of the annotations that are ours.
 const ANNOTATION_PREFIX: &str = "io.husk.";
-
-/// The annotation of a container that wants an init (`agent/src/container/pid1.rs`).
-const INIT: &str = "init";
 
 /// An annotation `io.husk.NAME` of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -86,7 +83,7 @@ impl Config {
             let Some(name) = full.strip_prefix(ANNOTATION_PREFIX) else {
                 continue;
             };
-            if name == INIT {
+            if full == INIT_ANNOTATION {
                 continue;
             }
             let error = |reason: String| ConfigError::Annotation {

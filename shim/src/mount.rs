@@ -198,12 +198,14 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
     // Open until the mount is made: its path goes by the descriptor.
     let place = below(base, &request.target)?;
     let target = &place.path();
+    // For people.
+    let told = base.join(request.target.trim_start_matches('/'));
     let mut options = parse(request)?;
     options.flags |= LOCKED;
     let refused = |reason: io::Error| MountError::Refused {
         kind: request.kind.clone(),
         source_path: request.source.clone(),
-        target: base.join(request.target.trim_start_matches('/')),
+        target: told.clone(),
         reason,
     };
     if options.flags.contains(MsFlags::MS_BIND) {
@@ -234,7 +236,7 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
         } else {
             return Err(MountError::TooLong {
                 kind: request.kind.clone(),
-                target: base.join(request.target.trim_start_matches('/')),
+                target: told,
                 length,
             });
         }

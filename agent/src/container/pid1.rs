@@ -7,6 +7,7 @@
 
 use std::io;
 
+use husk_protocol::INIT_ANNOTATION;
 use oci_spec::runtime::Spec;
 use rustix::process::{WaitOptions, WaitStatus, wait};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
@@ -15,17 +16,14 @@ use super::error::{LaunchError, Step};
 use super::seccomp::Filter;
 use super::sys::{self, Forked};
 
-/// The annotation that asks for it: `true` or `false`.
-const ANNOTATION: &str = "io.husk.init";
-
 /// Does the container want an init?
 pub(super) fn is_wanted(spec: &Spec) -> Result<bool, LaunchError> {
     let annotations = spec.annotations().as_ref();
-    match annotations.and_then(|all| all.get(ANNOTATION)) {
+    match annotations.and_then(|all| all.get(INIT_ANNOTATION)) {
         None => Ok(false),
         Some(value) => value.trim().parse().map_err(|_| {
             LaunchError::invalid(format!(
-                "annotation {ANNOTATION}: {value:?} is not true or false"
+                "annotation {INIT_ANNOTATION}: {value:?} is not true or false"
             ))
         }),
     }
@@ -116,9 +114,15 @@ mod tests {
     #[test]
     fn an_init_is_asked_for_by_annotation() {
         assert_eq!(asked(serde_json::json!({})), Ok(false));
-        assert_eq!(asked(serde_json::json!({ANNOTATION: "true"})), Ok(true));
-        assert_eq!(asked(serde_json::json!({ANNOTATION: "false"})), Ok(false));
-        let error = asked(serde_json::json!({ANNOTATION: "yes"})).unwrap_err();
+        assert_eq!(
+            asked(serde_json::json!({INIT_ANNOTATION: "true"})),
+            Ok(true)
+        );
+        assert_eq!(
+            asked(serde_json::json!({INIT_ANNOTATION: "false"})),
+            Ok(false)
+        );
+        let error = asked(serde_json::json!({INIT_ANNOTATION: "yes"})).unwrap_err();
         assert!(
             error.contains("io.husk.init") && error.contains("true or false"),
             "{error}"
