@@ -2,7 +2,6 @@
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
-    clippy::undocumented_unsafe_blocks,
     unsafe_code,
     reason = "a test; and what it tries are raw system calls, most of which fail"
 )]
@@ -56,6 +55,7 @@ fn child() {
             kind.confine().unwrap();
             println!("\n{}", attempt(&env::var("CALL").unwrap()));
             // The harness' own end is none of a confined thread's calls.
+            // SAFETY: ends the process.
             unsafe { libc::_exit(0) };
         }
     }
@@ -64,6 +64,8 @@ fn child() {
 /// Makes a system call that no thread of the VMM has a use for; what the kernel says.
 fn attempt(call: &str) -> String {
     let zero: *const u8 = ptr::null();
+    // SAFETY: integers, null where the kernel takes it or fails first, and strings with their NUL that live until the call is over. A child of
+    // fork does nothing but end.
     let result = unsafe {
         match call {
             "execve" => libc::syscall(libc::SYS_execve, c"/nowhere".as_ptr(), zero, zero),
@@ -209,6 +211,7 @@ fn starter_child() {
 
 /// The life of a process that goes into the jail with the share at [`SHARE_FD`], and tells what it finds there.
 fn inside() {
+    // SAFETY: whoever started this program has put it there for this, and nothing else here knows it.
     let fd = unsafe { OwnedFd::from_raw_fd(SHARE_FD) };
     let outside = fd.as_raw_fd();
     let mut shares = [Share {
@@ -256,6 +259,7 @@ fn inside() {
     tell("root", &there.collect::<Vec<_>>().join(" "));
     tell("share", &names(share.root.path()));
     tell("write", &said(File::create("/file")));
+    // SAFETY: only asks about the number.
     let closed = unsafe { libc::fcntl(outside, libc::F_GETFD) } == -1;
     tell("outside is closed", &closed);
     tell("above", &above(&share.root));
@@ -299,6 +303,7 @@ fn above(root: &Root) -> String {
 /// landlock(7), "Landlock ABI versions".
 fn has_landlock() -> bool {
     let version = 1;
+    // SAFETY: asks for a number, without a ruleset.
     unsafe {
         libc::syscall(
             libc::SYS_landlock_create_ruleset,

@@ -89,30 +89,28 @@ impl Kind {
             thread: self.name(),
             source,
         };
-        for program in [self.refusals(), self.program()] {
+        for program in self.refusals().into_iter().chain([self.program()]) {
             let program = program.map_err(|e| failed(e.into()))?;
             seccompiler::apply_filter(&program).map_err(failed)?;
         }
         Ok(())
     }
 
-    /// What is answered with an error. Of two filters' answers the stricter counts, which is why [`Self::allowed`] has these too.
-    fn refusals(self) -> Result<BpfProgram, BackendError> {
-        let (calls, errno) = match self.refused() {
-            // By the starter, and inherited by all that it starts.
-            [] => (lists::UNSEEN, libc::ENOSYS),
-            calls => (calls, libc::EACCES),
-        };
+    /// What is answered with an error, if anything. Of two filters' answers the stricter counts, which is why [`Self::allowed`] has these too.
+    fn refusals(self) -> Option<Result<BpfProgram, BackendError>> {
+        let (calls, errno) = self.refused()?;
         let calls: Vec<_> = calls.iter().collect();
         let answer = SeccompAction::Errno(errno.cast_unsigned());
-        filter(&calls, SeccompAction::Allow, answer)
+        Some(filter(&calls, SeccompAction::Allow, answer))
     }
 
-    /// Calls that would be of no use to it.
-    fn refused(self) -> &'static [Call] {
+    /// Calls that get it an error, and which.
+    fn refused(self) -> Option<(&'static [Call], i32)> {
         match self {
-            Self::Starter | Self::Fs => &[],
-            _ => lists::FILES,
+            // Inherited by all that it starts.
+            Self::Starter => Some((lists::UNSEEN, libc::ENOSYS)),
+            Self::Fs => None,
+            _ => Some((lists::FILES, libc::EACCES)),
         }
     }
 
@@ -150,7 +148,7 @@ impl Kind {
         own.iter()
             .copied()
             .chain([lists::EVERYBODY])
-            .chain([self.refused()])
+            .chain(self.refused().map(|(calls, _)| calls))
             .flatten()
             .collect()
     }
@@ -247,7 +245,7 @@ mod tests {
             let program = kind.program().unwrap();
             // BPF_MAXINSNS (linux/bpf_common.h).
             assert!(program.len() < 4096, "{kind:?}: {}", program.len());
-            kind.refusals().unwrap();
+            kind.refusals().transpose().unwrap();
         }
     }
 

@@ -1,8 +1,8 @@
 //! The lists: what each kind of thread does, and by which calls.
 //!
-//! What stands here has been seen to be used (`strace`, and the kernel's audit lines under husk's suites), or follows from the source of
-//! virtiofsd 1.14 and of glibc 2.36 to 2.41, which the kinds' threads run. Some calls of libraries come only now and then: a second malloc
-//! arena, a thread's end, an abort.
+//! What stands here has been seen to be used (`strace`; the devices' own tests and husk's suites, which run under these lists), or follows
+//! from the source of virtiofsd 1.14 and of glibc 2.36 to 2.41, which the kinds' threads run. Some calls of libraries come only now and then:
+//! a second malloc arena, a thread's end, an abort.
 
 use libc::c_uint;
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
@@ -93,9 +93,9 @@ pub(super) const EVERYBODY: &[Call] = &[
     any(libc::SYS_clock_nanosleep),
     any(libc::SYS_close),
     any(libc::SYS_exit),
+    any(libc::SYS_exit_group),
     // Rust's library, where it is built with its own assertions, before it closes a descriptor.
     when(libc::SYS_fcntl, &[&[Argument(1, Is(libc::F_GETFD as u32))]]),
-    any(libc::SYS_exit_group),
     any(libc::SYS_futex),
     any(libc::SYS_getpid),
     any(libc::SYS_getrandom),
