@@ -206,6 +206,16 @@ impl Container {
         }
     }
 
+    /// What mounts its root file system, as overlayfs takes it: upon layers of these paths.
+    pub(crate) fn overlay_options(&self, lower: &[String]) -> [String; 3] {
+        let dir = |name: &str| self.dir.join(name).display().to_string();
+        [
+            format!("lowerdir={}", lower.join(":")),
+            format!("upperdir={}", dir("upper")),
+            format!("workdir={}", dir("work")),
+        ]
+    }
+
     /// Holds its files while they are copied, though it may end meanwhile: it does not start again before that is over.
     pub(crate) fn hold_files(&self) -> io::Result<File> {
         lock(&self.files_path(), FlockOperation::NonBlockingLockShared)

@@ -1,10 +1,9 @@
 //! `husk cp`: files between the host and a container, by docker's rules (docs.docker.com, "docker container cp").
 //!
 //! Nothing runs in the container for it, so any image will do, running or not. Its files are looked at on the host ([`tree`]), and as a
-//! container is hostile, no path of it leads anywhere but below its root ([`root`]), whatever it changes meanwhile ([`walk`], [`make`]).
+//! container is hostile, no path of it leads anywhere but below its root ([`crate::root`]), whatever it changes meanwhile ([`walk`], [`make`]).
 
 mod make;
-mod root;
 mod stream;
 mod tree;
 mod walk;
@@ -23,11 +22,16 @@ use rustix::{
 
 use self::{
     make::{Keep, Made, Maker, Replace},
-    root::{DIRECTORY, PLACE, Root, split},
     tree::Tree,
     walk::Source,
 };
-use crate::{args, container::Container, human, place::Place};
+use crate::{
+    args,
+    container::Container,
+    human,
+    place::Place,
+    root::{DIRECTORY, PLACE, Root, split},
+};
 
 /// One end of a copy.
 #[derive(Debug, PartialEq, Eq)]

@@ -292,13 +292,15 @@ impl Host {
     }
 }
 
+/// Where an absolute path of the host is, below the root directory that is looked at.
+fn below(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
+}
+
 /// A program in the directories of a PATH.
 fn in_path(root: &Path, path: &OsStr, program: &str) -> Option<PathBuf> {
     env::split_paths(path)
-        .map(|dir| {
-            root.join(dir.strip_prefix("/").unwrap_or(&dir))
-                .join(program)
-        })
+        .map(|dir| below(root, &dir).join(program))
         .find(|path| path.exists())
 }
 

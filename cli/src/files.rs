@@ -3,16 +3,17 @@
 use std::{
     fs::{self, File},
     io::{self, Read as _},
-    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
 use rustix::{
-    fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2},
+    fs::{CWD, Mode, OFlags, openat},
     io::Errno,
 };
 use serde_json::{Value, json};
+
+use crate::root::{DIRECTORY, PLACE, Root, reopen};
 
 /// The most bytes of an image's /etc/passwd or /etc/group that are read.
 const MOST: u64 = 4 << 20;
@@ -110,16 +111,10 @@ fn identity_in(passwd: &str, group: &str, text: &str) -> Result<Identity> {
 /// has all of the way.
 fn read(layers: &[PathBuf], name: &str) -> Result<String> {
     for layer in layers {
-        let root = openat(
-            CWD,
-            layer,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .with_context(|| format!("opening the layer {}", layer.display()))?;
+        let root = openat(CWD, layer, DIRECTORY, Mode::empty())
+            .with_context(|| format!("opening the layer {}", layer.display()))?;
         // Found first and opened when it is known to be a file: opening a device node acts, as root and on the host's device.
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let found = match openat2(&root, name, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+        let found = match Root::container(&root).open(name.as_bytes(), PLACE) {
             Ok(found) => File::from(found),
             Err(Errno::NOENT) => continue,
             // A link that leads nowhere in its layer, or overlayfs' own mark of what was deleted: a device that has no driver.
@@ -128,7 +123,7 @@ fn read(layers: &[PathBuf], name: &str) -> Result<String> {
         if !found.metadata()?.is_file() {
             return Ok(String::new());
         }
-        let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
+        let file = reopen(&found, OFlags::RDONLY)
             .with_context(|| format!("reading {name} in {}", layer.display()))?;
         let mut text = Vec::new();
         file.take(MOST).read_to_end(&mut text)?;

@@ -7,7 +7,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::doctor::{Finding, Verdict, finding};
+use crate::{
+    doctor::{Finding, Verdict, finding},
+    proc::{self, field},
+};
 
 /// What all of them are remedied by.
 const REMEDY: &str = "stop the pod: its VMM is not jailed as docs/security.md promises; report it as a security bug, with this output";
@@ -91,13 +94,6 @@ fn vmms(proc: &Path) -> io::Result<Vec<Vmm>> {
     Ok(found)
 }
 
-fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
-    status.lines().find_map(|line| {
-        let value = line.strip_prefix(name)?.strip_prefix(':')?;
-        Some(value.trim())
-    })
-}
-
 /// Told, or what is told instead.
 fn verdict(check: &'static str, is_kept: bool, promise: &str, instead: String) -> Finding {
     match is_kept {
@@ -118,6 +114,7 @@ impl Process {
     }
 
     fn findings(&self) -> io::Result<Vec<Finding>> {
+        let mountinfo = self.read("mountinfo")?;
         let mut statuses = Vec::new();
         for task in fs::read_dir(self.dir.join("task"))? {
             statuses.push(fs::read_to_string(task?.path().join("status"))?);
@@ -128,8 +125,8 @@ impl Process {
             no_new_privs(&statuses),
             seccomp(&statuses),
             self.namespaces()?,
-            root(&self.read("mountinfo")?),
-            mounts(&self.read("mountinfo")?),
+            root(&mountinfo),
+            mounts(&mountinfo),
             self.descriptors()?,
             environment(&self.read("environ")?),
             core_dumps(&self.read("limits")?),
@@ -238,29 +235,13 @@ fn seccomp(statuses: &[String]) -> Finding {
     )
 }
 
-/// A line of mountinfo (proc_pid_mountinfo(5)).
-struct Mount<'a> {
-    at: &'a str,
-    options: Vec<&'a str>,
-}
-
-fn mountinfo(text: &str) -> impl Iterator<Item = Mount<'_>> {
-    text.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(4);
-        Some(Mount {
-            at: fields.next()?,
-            options: fields.next()?.split(',').collect(),
-        })
-    })
-}
-
 fn root(text: &str) -> Finding {
-    let mut strays: Vec<_> = mountinfo(text)
+    let mut strays: Vec<_> = proc::mounts(text)
         .filter(|mount| mount.at != "/" && !mount.at.starts_with("/share"))
         .map(|mount| mount.at)
         .collect();
     let is_read_only =
-        mountinfo(text).any(|mount| mount.at == "/" && mount.options.contains(&"ro"));
+        proc::mounts(text).any(|mount| mount.at == "/" && mount.options.contains(&"ro"));
     if !is_read_only {
         strays.push("the root directory can be written");
     }
@@ -274,7 +255,7 @@ fn root(text: &str) -> Finding {
 
 fn mounts(text: &str) -> Finding {
     let locked = ["nosuid", "nodev", "noexec"];
-    let open: Vec<_> = mountinfo(text)
+    let open: Vec<_> = proc::mounts(text)
         .filter(|mount| !locked.iter().all(|flag| mount.options.contains(flag)))
         .map(|mount| mount.at)
         .collect();

@@ -281,14 +281,10 @@ impl Monitored<'_> {
             .iter()
             .map(|l| l.display().to_string())
             .collect();
-        let dir = |name: &str| self.container.dir.join(name).display().to_string();
-        let mut options = vec![format!("lowerdir={}", lower.join(":"))];
-        options.push(format!("upperdir={}", dir("upper")));
-        options.push(format!("workdir={}", dir("work")));
         let rootfs = Mount {
             type_: "overlay".to_owned(),
             source: "overlay".to_owned(),
-            options,
+            options: self.container.overlay_options(&lower).to_vec(),
             ..Mount::default()
         };
         let [stdin, stdout, stderr] = pipes.names();

@@ -1,17 +1,21 @@
-//! How paths are found: the host's as any program finds them, a container's below its root, wherever its links point.
+//! How paths are found: the host's as any program finds them, a container's below its root, wherever its links point; and how what was found is
+//! opened, when it is known to be a file.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    fs::File,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+};
 
 use anyhow::{Result, bail};
 use rustix::{
-    fs::{CWD, Mode, OFlags, ResolveFlags, openat2},
+    fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2},
     io::Errno,
 };
 
 /// A place without opening what is there: no driver hears of it, and no pipe's reader waits.
-pub(super) const PLACE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
+pub(crate) const PLACE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 /// A directory, the same way.
-pub(super) const DIRECTORY: OFlags = PLACE.union(OFlags::DIRECTORY);
+pub(crate) const DIRECTORY: OFlags = PLACE.union(OFlags::DIRECTORY);
 
 /// How often a path is looked for again because something was renamed meanwhile: a container that never stops doing so is not waited for.
 const TRIES: usize = 1000;
@@ -22,14 +26,14 @@ const NAME_MAX: usize = 255;
 
 /// A root directory.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Root<'a> {
+pub(crate) struct Root<'a> {
     dir: BorrowedFd<'a>,
     resolve: ResolveFlags,
 }
 
 impl<'a> Root<'a> {
     /// The host's own, from the working directory.
-    pub(super) fn host() -> Self {
+    pub(crate) fn host() -> Self {
         Self {
             dir: CWD,
             resolve: ResolveFlags::empty(),
@@ -37,7 +41,7 @@ impl<'a> Root<'a> {
     }
 
     /// A container's: as if after a chroot, and without the kernel's own links out of it.
-    pub(super) fn container(dir: &'a impl AsFd) -> Self {
+    pub(crate) fn container(dir: &'a impl AsFd) -> Self {
         Self {
             dir: dir.as_fd(),
             resolve: ResolveFlags::IN_ROOT.union(ResolveFlags::NO_MAGICLINKS),
@@ -45,7 +49,7 @@ impl<'a> Root<'a> {
     }
 
     /// A directory of which no link is followed: what is made in it lies in it.
-    pub(super) fn without_links(dir: &'a impl AsFd) -> Self {
+    pub(crate) fn without_links(dir: &'a impl AsFd) -> Self {
         Self {
             dir: dir.as_fd(),
             resolve: ResolveFlags::BENEATH
@@ -54,7 +58,7 @@ impl<'a> Root<'a> {
         }
     }
 
-    pub(super) fn open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    pub(crate) fn open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
         let path = if path.is_empty() { b"." } else { path };
         for _ in 0..TRIES {
             match openat2(self.dir, path, flags, Mode::empty(), self.resolve) {
@@ -67,8 +71,14 @@ impl<'a> Root<'a> {
     }
 }
 
+/// Opens the very thing that this is the place of.
+pub(crate) fn reopen(place: &impl AsFd, flags: OFlags) -> Result<File, Errno> {
+    let path = format!("/proc/self/fd/{}", place.as_fd().as_raw_fd());
+    openat(CWD, path, flags | OFlags::CLOEXEC, Mode::empty()).map(File::from)
+}
+
 /// The path of what a path's last component lies in, and that; `None` where it has no name of its own, as "/" and "..".
-pub(super) fn split(path: &[u8]) -> (&[u8], Option<&[u8]>) {
+pub(crate) fn split(path: &[u8]) -> (&[u8], Option<&[u8]>) {
     let path = trim(path);
     let (parent, name) = match path.iter().rposition(|byte| *byte == b'/') {
         Some(0) => (path.get(..1), path.get(1..)),
@@ -85,7 +95,7 @@ fn trim(path: &[u8]) -> &[u8] {
 }
 
 /// A name of an archive as a path that goes down; empty: where the archive is unpacked itself.
-pub(super) fn downwards(name: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn downwards(name: &[u8]) -> Result<Vec<u8>> {
     let bad = |why: &str| -> Result<Vec<u8>> {
         bail!(
             "the archive has the name {:?}: {why}",

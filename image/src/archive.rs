@@ -11,7 +11,7 @@ use std::io::{self, Read};
 
 use tar::{EntryType, Header};
 
-pub use extents::Extent;
+pub use extents::{Extent, spread};
 use field::{checksum, number, signed_number};
 use pax::Records;
 

@@ -4,27 +4,26 @@
 use std::{
     ffi::CString,
     fs::File,
-    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    io::{self, Read as _, Seek as _, SeekFrom},
     os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt as _,
     },
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
+use husk_image::archive::{Extent, spread};
 use rustix::{
     fs::{
-        self, AtFlags, CWD, FileType, Gid, Mode, OFlags, Stat, StatxFlags, Timespec, Timestamps,
-        Uid, XattrFlags, chownat, fchmod, fchown, fsetxattr, fstat, futimens, linkat, mkdirat,
-        openat, renameat, statat, statx, symlinkat, unlinkat, utimensat,
+        self, AtFlags, FileType, Gid, Mode, OFlags, Stat, StatxFlags, Timespec, Timestamps, Uid,
+        XattrFlags, chownat, fchmod, fchown, fsetxattr, fstat, futimens, linkat, mkdirat, openat,
+        renameat, statat, statx, symlinkat, unlinkat, utimensat,
     },
     io::Errno,
 };
 
-use super::{
-    root::{DIRECTORY, Root, split},
-    walk::{CAPABILITY, Content, Item, Kind, Sink},
-};
+use super::walk::{CAPABILITY, Content, Item, Kind, Sink};
+use crate::root::{DIRECTORY, Root, reopen, split};
 
 /// Bytes that a stream is copied by.
 const COPY: usize = 256 << 10;
@@ -68,8 +67,12 @@ pub(super) struct Maker<'a> {
 impl<'a> Maker<'a> {
     /// In a directory.
     pub(super) fn new(dir: &'a impl AsFd, keep: Keep) -> Self {
+        Self::at(Root::without_links(dir), keep)
+    }
+
+    fn at(root: Root<'a>, keep: Keep) -> Self {
         Self {
-            root: Root::without_links(dir),
+            root,
             prefix: Vec::new(),
             keep,
             makes_parents: false,
@@ -83,14 +86,9 @@ impl<'a> Maker<'a> {
     /// In a directory below a root, whose links may be among what is made.
     pub(super) fn below(root: Root<'a>, prefix: &[u8], keep: Keep) -> Self {
         Self {
-            root,
             prefix: [prefix, b"/"].concat(),
-            keep,
             makes_parents: true,
-            last: None,
-            own: None,
-            old: Vec::new(),
-            made: Made::default(),
+            ..Self::at(root, keep)
         }
     }
 
@@ -180,9 +178,7 @@ impl<'a> Maker<'a> {
             return self.add(item, content);
         }
         // A mount, or what a link leads to: it stays the same file.
-        let path = format!("/proc/self/fd/{}", place.as_raw_fd());
-        let flags = OFlags::WRONLY | OFlags::TRUNC | OFlags::CLOEXEC;
-        let file = File::from(openat(CWD, path, flags, Mode::empty()).map_err(explained)?);
+        let file = reopen(place, OFlags::WRONLY | OFlags::TRUNC).map_err(explained)?;
         self.made.bytes += fill(&file, item, &mut content)?;
         self.made.entries += 1;
         dress(file.as_fd(), item, self.keep)
@@ -329,7 +325,7 @@ fn by_rename(
 }
 
 /// Writes the contents: their bytes, without holes.
-fn fill(mut to: &File, item: &Item, content: &mut Content<'_>) -> Result<u64> {
+fn fill(to: &File, item: &Item, content: &mut Content<'_>) -> Result<u64> {
     let Kind::File(size) = item.kind else {
         return Ok(0);
     };
@@ -337,36 +333,19 @@ fn fill(mut to: &File, item: &Item, content: &mut Content<'_>) -> Result<u64> {
         Content::Nothing => Ok(0),
         Content::File(from) => copy_with_holes(from, to, size),
         Content::Stream(read, extents) => {
-            let mut buffer = vec![0; COPY];
-            let mut bytes = 0;
-            match extents {
-                None => loop {
-                    let count = read(&mut buffer)?;
-                    let Some(data) = buffer.get(..count).filter(|data| !data.is_empty()) else {
-                        return Ok(bytes);
-                    };
-                    to.write_all(data)?;
-                    bytes += count as u64;
-                },
-                Some(extents) => {
-                    for extent in *extents {
-                        let (mut offset, mut left) = (extent.offset, extent.length);
-                        while left > 0 {
-                            let most = usize::try_from(left).map_or(COPY, |left| left.min(COPY));
-                            let count = read(buffer.get_mut(..most).unwrap_or_default())?;
-                            let data = buffer.get(..count).unwrap_or_default();
-                            if data.is_empty() {
-                                bail!("its data ends too early");
-                            }
-                            to.write_all_at(data, offset)?;
-                            (offset, left) = (offset + count as u64, left - count as u64);
-                            bytes += count as u64;
-                        }
-                    }
-                    to.set_len(size)?;
-                    Ok(bytes)
-                }
-            }
+            let all = [Extent {
+                offset: 0,
+                length: size,
+            }];
+            let bytes = spread(
+                extents.unwrap_or(&all),
+                &mut vec![0; COPY],
+                read,
+                |data, offset| Ok(to.write_all_at(data, offset)?),
+                || anyhow!("its data ends too early"),
+            )?;
+            to.set_len(size)?;
+            Ok(bytes)
         }
     }
 }

@@ -15,10 +15,8 @@ use husk_image::{
 use rustix::fs::{FileType, Stat};
 use tar::{Builder, EntryType, Header};
 
-use super::{
-    root::downwards,
-    walk::{CAPABILITY, Content, Item, Kind, Sink, left_out},
-};
+use super::walk::{CAPABILITY, Content, Item, Kind, Sink, left_out};
+use crate::root::downwards;
 
 /// pax's name of [`CAPABILITY`], as GNU tar and docker have it.
 const CAPABILITY_RECORD: &str = "SCHILY.xattr.security.capability";

@@ -24,9 +24,10 @@ use rustix::{
 };
 use serde::Deserialize;
 
-use super::root::{DIRECTORY, PLACE, Root, split};
 use crate::{
     container::{Container, State, Status},
+    proc,
+    root::{DIRECTORY, PLACE, Root, split},
     shim::Shim,
 };
 
@@ -215,8 +216,7 @@ fn change(at: &Path, flags: MsFlags) -> Result<()> {
 fn shims_rootfs(pid: u32, id: &str) -> Result<(u32, PathBuf)> {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-    let parent = parent.and_then(|parent| parent.trim().parse().ok());
+    let parent = proc::field(&status, "PPid").and_then(|parent| parent.parse().ok());
     for pid in [Some(pid), parent].into_iter().flatten() {
         let path = format!("/proc/{pid}/mountinfo");
         let mounts = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -227,11 +227,11 @@ fn shims_rootfs(pid: u32, id: &str) -> Result<(u32, PathBuf)> {
     bail!("its shim has no root file system of it")
 }
 
-/// Looks for it in a mountinfo (proc_pid_mountinfo(5)).
+/// Looks for it in a mountinfo.
 fn find_rootfs(mounts: &str, id: &str) -> Option<PathBuf> {
     let end = format!("/share/{id}/rootfs");
-    let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    points
+    proc::mounts(mounts)
+        .map(|mount| mount.at)
         .find(|point| point.ends_with(&end))
         // The kernel writes blanks and backslashes in octal.
         .map(|point| PathBuf::from(point.replace("\\040", " ").replace("\\134", "\\")))
@@ -254,12 +254,7 @@ fn mount_overlay(container: &Container, target: &Path) -> Result<()> {
                 .to_string()
         })
         .collect();
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        names.join(":"),
-        container.dir.join("upper").display(),
-        container.dir.join("work").display()
-    );
+    let options = container.overlay_options(&names).join(",");
     let mounted = mount(
         Some("overlay"),
         target,

@@ -6,17 +6,17 @@
 use std::{
     ffi::CStr,
     fs::File,
-    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
 use anyhow::{Context as _, Result, bail};
 use husk_image::archive::Extent;
 use rustix::{
-    fs::{CWD, Dir, FileType, Mode, OFlags, Stat, fgetxattr, fstat, openat, readlinkat},
+    fs::{Dir, FileType, Mode, OFlags, Stat, fgetxattr, fstat, openat, readlinkat},
     io::Errno,
 };
 
-use super::root::PLACE;
+use crate::root::{PLACE, reopen};
 
 /// Directories in each other: each holds two descriptors while it is read.
 const DEPTH: usize = 255;
@@ -148,7 +148,7 @@ fn walk(place: &OwnedFd, path: Vec<u8>, depth: usize, sink: &mut impl Sink) -> R
             sink.leave(&item)
         }
         FileType::RegularFile => {
-            let file = reopen(place).with_context(|| format!("opening {name}"))?;
+            let file = reopen(place, OFlags::RDONLY).with_context(|| format!("opening {name}"))?;
             item.kind = Kind::File(u64::try_from(stat.st_size).unwrap_or(0));
             item.capability = capability(&file).with_context(|| format!("looking at {name}"))?;
             sink.add(&item, Content::File(&file))
@@ -192,12 +192,6 @@ fn entries(place: &OwnedFd, parent: &Item, depth: usize, sink: &mut impl Sink) -
         }
     }
     Ok(())
-}
-
-/// Opens the very file that this is the place of.
-fn reopen(place: &OwnedFd) -> Result<File, Errno> {
-    let path = format!("/proc/self/fd/{}", place.as_raw_fd());
-    openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map(File::from)
 }
 
 fn capability(file: impl AsFd) -> Result<Option<Vec<u8>>, Errno> {

@@ -13,7 +13,7 @@ use std::{
 
 use toml::{Table, Value};
 
-use super::{Finding, Host, Verdict, finding, in_path};
+use super::{Finding, Host, Verdict, below, finding, in_path};
 
 const CHECK: &str = "containerd";
 const HANDLER: &str = "containerd's runtimes";
@@ -227,10 +227,6 @@ fn look(table: &Table, version: Option<i64>, found: &mut Found) {
             }
         }
     }
-}
-
-fn below(root: &Path, path: &Path) -> PathBuf {
-    root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
 /// What an import means: a file, or those of a directory that have such names.

@@ -102,3 +102,33 @@ pub(super) fn check(extents: &[Extent], size: u64, data: u64) -> Result<(), Stri
         ))
     }
 }
+
+/// Brings an entry's data to where they belong in its file: what `read` fills of `buffer` goes to `write`, with its place. Returns their
+/// bytes.
+///
+/// # Errors
+/// What the two fail with, and `ended`'s where the data are less than the extents.
+pub fn spread<E>(
+    extents: &[Extent],
+    buffer: &mut [u8],
+    mut read: impl FnMut(&mut [u8]) -> Result<usize, E>,
+    mut write: impl FnMut(&[u8], u64) -> Result<(), E>,
+    ended: impl FnOnce() -> E,
+) -> Result<u64, E> {
+    let mut bytes = 0;
+    for extent in extents {
+        let (mut offset, mut left) = (extent.offset, extent.length);
+        while left > 0 {
+            let most = usize::try_from(left).map_or(buffer.len(), |left| left.min(buffer.len()));
+            let part = buffer.get_mut(..most).unwrap_or_default();
+            let count = read(part)?;
+            let Some(data) = part.get(..count).filter(|data| !data.is_empty()) else {
+                return Err(ended());
+            };
+            write(data, offset)?;
+            let count = count as u64;
+            (offset, left, bytes) = (offset + count, left - count, bytes + count);
+        }
+    }
+    Ok(bytes)
+}

@@ -16,7 +16,7 @@ use super::{
     error::{UnpackError, refused, system},
     place::Place,
 };
-use crate::archive::{Entry, Extent, Kind};
+use crate::archive::{Entry, Extent, Kind, spread};
 
 /// Bytes that a file is copied by.
 pub(super) const COPY: usize = 256 << 10;
@@ -41,18 +41,11 @@ impl<R: Read> Unpacker<'_, R> {
             offset: 0,
             length: entry.size,
         }];
-        for extent in entry.extents.as_deref().unwrap_or(&all) {
-            let (mut offset, mut left) = (extent.offset, extent.length);
-            while left > 0 {
-                let most = usize::try_from(left).map_or(COPY, |left| left.min(COPY));
-                let part = self.buffer.get_mut(..most).unwrap_or_default();
-                let count = self.archive.read_data(part)?;
-                let mut rest = part.get(..count).unwrap_or_default();
-                if rest.is_empty() {
-                    return Err(refused(entry, "its data ends too early"));
-                }
-                left -= rest.len() as u64;
-                self.bytes += rest.len() as u64;
+        self.bytes += spread(
+            entry.extents.as_deref().unwrap_or(&all),
+            &mut self.buffer,
+            |part| Ok(self.archive.read_data(part)?),
+            |mut rest, mut offset| {
                 while !rest.is_empty() {
                     let written = match pwrite(&file, rest, offset) {
                         Err(Errno::INTR) => 0,
@@ -61,8 +54,10 @@ impl<R: Read> Unpacker<'_, R> {
                     offset += written as u64;
                     rest = rest.get(written..).unwrap_or_default();
                 }
-            }
-        }
+                Ok(())
+            },
+            || refused(entry, "its data ends too early"),
+        )?;
         if entry.extents.is_some() {
             ftruncate(&file, entry.size).map_err(|source| system("size", entry, source))?;
         }
