@@ -23,8 +23,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{listing, run};
-use ground::{Ground, LONG, error, noise, output, text};
+use common::{listing, noise, run};
+use ground::{Ground, LONG, error, output, text};
 use husk_image::{manifest::Platform, store::Store};
 use registry::{Fault, Proxy};
 use serde_json::Value;
@@ -47,7 +47,7 @@ fn has_long(root: &Path, image: &str) -> bool {
     let found = store.image(name, &Platform::here()).unwrap().unwrap();
     let layers = store.unpack(&found.layers, Default::default()).unwrap();
     let lower = listing(&layers[1]);
-    lower.len() > 5 && fs::read(layers[0].join("long")).unwrap() == noise(seed)
+    lower.len() > 5 && fs::read(layers[0].join("long")).unwrap() == noise(seed, LONG)
 }
 
 #[test]

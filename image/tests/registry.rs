@@ -20,8 +20,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use common::{listing, run};
-use ground::{Ground, LONG, long, noise, options, pull_at, pull_with, ranges};
+use common::{listing, noise, run};
+use ground::{Ground, LONG, long, options, pull_at, pull_with, ranges};
 use husk_image::{
     layer::Sha256Digest,
     manifest::Platform,
@@ -39,7 +39,7 @@ fn an_image_comes_whole_by_tag_and_by_digest() {
         let proxy = Proxy::new(&ground.registry.host, |_, _| Fault::None);
         let store = ground.store("store");
         let (pulled, told) = pull_at(&store, &proxy.host).unwrap();
-        assert_eq!(long(&pulled), noise(LONG));
+        assert_eq!(long(&pulled), noise(0, LONG));
         assert_eq!(
             listing(&pulled.layers[1]),
             listing(&ground.dir.path().join("lower")),
@@ -88,7 +88,7 @@ fn every_compression_is_understood() {
             .push(&layout, tag, &format!("app:{tag}"), &[]);
         let name = format!("{}/app:{tag}", ground.registry.host);
         let pulled = pull_with(&ground.store(tag), &name, &options(), &Arc::default()).unwrap();
-        assert_eq!(long(&pulled), noise(LONG));
+        assert_eq!(long(&pulled), noise(0, LONG));
     }
 }
 
@@ -100,7 +100,7 @@ fn what_is_cut_off_goes_on() {
         let proxy = ground.bad_blob(2, fault.clone());
         let store = ground.store(&format!("{fault:?}"));
         let (pulled, told) = pull_at(&store, &proxy.host).unwrap();
-        assert_eq!(long(&pulled), noise(LONG));
+        assert_eq!(long(&pulled), noise(0, LONG));
         let asked = ["bytes=0-", "bytes=1000000-", "bytes=2000000-"];
         assert_eq!(ranges(&proxy, blob), asked, "{fault:?}");
         assert_eq!(told.count("again"), 2);
@@ -120,7 +120,7 @@ fn what_is_cut_off_goes_on() {
         }
     });
     let (pulled, _) = pull_at(&ground.store("no-range"), &proxy.host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn a_pull_that_was_given_up_is_gone_on_with_by_the_next() {
     drop(dead);
     // Each attempt brings something, so it comes to its end.
     let (pulled, _) = pull_at(&store, &proxy.host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn a_rest_that_a_power_cut_has_spoilt_is_fetched_anew() {
     fs::write(&rest, vec![0; 500_000]).unwrap();
     let proxy = ground.bad_blob(0, Fault::None);
     let (pulled, _) = pull_at(&store, &proxy.host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
     assert_eq!(
         ranges(&proxy, &ground.layers[1]),
         ["bytes=500000-", "bytes=0-"]
@@ -209,7 +209,7 @@ fn pulls_of_one_image_share_the_work() {
             .map(|_| scope.spawn(|| pull_at(&store, &proxy.host).unwrap().0))
             .collect();
         for pulled in pulls {
-            assert_eq!(long(&pulled.join().unwrap()), noise(LONG));
+            assert_eq!(long(&pulled.join().unwrap()), noise(0, LONG));
         }
     });
     for digest in &ground.layers {
@@ -317,7 +317,7 @@ fn tls_wants_a_certificate_that_is_trusted() {
         "{error}"
     );
     let pulled = try_with(tls(Some(certificate))).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
     // Spoken to without TLS, as loopback is, it does not speak HTTP.
     let error = try_with(Said::default()).unwrap_err().to_string();
     assert!(

@@ -19,7 +19,8 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use ground::{Ground, LONG, long, noise, options, pull_at, pull_with, ranges};
+use common::noise;
+use ground::{Ground, LONG, long, options, pull_at, pull_with, ranges};
 use husk_image::registry::{PullError, Registry as Said};
 use registry::{Fault, Proxy, Registry, certificate};
 
@@ -43,7 +44,7 @@ fn a_token_is_fetched_where_the_registry_says() {
         Fault::Answer(401, challenge, Vec::new())
     });
     let (pulled, _) = pull_at(&ground.store("store"), &proxy.host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
 }
 
 /// What a registry demands that has its tokens from there.
@@ -95,7 +96,7 @@ fn a_token_that_ends_in_a_pull_is_renewed() {
         Fault::None
     });
     let (pulled, _) = pull_at(&ground.store("store"), &proxy.host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
     let asked = ["bytes=0-", "bytes=1000000-", "bytes=1000000-"];
     assert_eq!(ranges(&proxy, &ground.layers[1]), asked);
     assert_eq!(ranges(&proxy, &ground.layers[0]), ["bytes=0-"; 2]);
@@ -214,7 +215,7 @@ fn a_redirect_takes_no_token_along() {
         })
     };
     let (pulled, _) = pull_at(&ground.store("store"), &leading(&elsewhere).host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
     // Nor does whoever it leads to get one by asking.
     let error = pull_at(&ground.store("locked"), &leading(&locked).host).unwrap_err();
     assert!(matches!(error, PullError::Denied { .. }), "{error}");

@@ -16,8 +16,8 @@ mod registry;
 
 use std::{process::Command, sync::Arc};
 
-use common::run;
-use ground::{Ground, LONG, is_empty, long, noise, options, pull_at, pull_with, ranges};
+use common::{noise, run};
+use ground::{Ground, LONG, is_empty, long, options, pull_at, pull_with, ranges};
 use husk_image::{
     layer::Sha256Digest,
     manifest::ManifestError,
@@ -26,6 +26,12 @@ use husk_image::{
 };
 use images::{layer, publish};
 use registry::{Fault, Proxy};
+
+/// How often somebody has asked for a manifest.
+fn asked_for_manifests(proxy: &Proxy) -> usize {
+    let seen = proxy.seen();
+    seen.iter().filter(|r| r.path.contains("manifests")).count()
+}
 
 #[test]
 fn another_blob_than_promised_is_refused() {
@@ -47,7 +53,7 @@ fn another_blob_than_promised_is_refused() {
         // It is not there under any name, and the right one can be had.
         assert!(store.names().unwrap().is_empty());
         let (pulled, _) = pull_at(&store, &ground.registry.host).unwrap();
-        assert_eq!(long(&pulled), noise(LONG));
+        assert_eq!(long(&pulled), noise(0, LONG));
     }
 }
 
@@ -74,14 +80,7 @@ fn a_busy_registry_is_asked_again_and_one_that_refuses_is_not() {
     let proxy = busy(429, "", usize::MAX, "/manifests/");
     let error = pull_at(&ground.store("never"), &proxy.host).unwrap_err();
     assert!(error.to_string().contains("slow down"), "{error}");
-    assert_eq!(
-        proxy
-            .seen()
-            .iter()
-            .filter(|r| r.path.contains("manifests"))
-            .count(),
-        3
-    );
+    assert_eq!(asked_for_manifests(&proxy), 3);
     // What no attempt changes.
     let told = Arc::default();
     let proxy = Proxy::new(&ground.registry.host, |_, _| Fault::None);
@@ -91,14 +90,7 @@ fn a_busy_registry_is_asked_again_and_one_that_refuses_is_not() {
         assert!(matches!(error, PullError::NotFound { .. }), "{error}");
         assert!(error.to_string().contains(&name), "{error}");
     }
-    assert_eq!(
-        proxy
-            .seen()
-            .iter()
-            .filter(|r| r.path.contains("manifests"))
-            .count(),
-        2
-    );
+    assert_eq!(asked_for_manifests(&proxy), 2);
 }
 
 #[test]
@@ -177,7 +169,7 @@ fn a_registry_says_when_to_ask_for_a_blob_again() {
     let later = Fault::Answer(429, "Retry-After: 1\r\n".to_owned(), Vec::new());
     let proxy = ground.bad_blob(1, later);
     let (pulled, told) = pull_at(&ground.store("store"), &proxy.host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
     // Unasked it would be a hundredth of that.
     let told = told.0.lock().unwrap().join("\n");
     assert!(
@@ -220,7 +212,7 @@ fn a_part_that_begins_elsewhere_is_not_taken() {
         }
     });
     let (pulled, told) = pull_at(&ground.store("store"), &proxy.host).unwrap();
-    assert_eq!(long(&pulled), noise(LONG));
+    assert_eq!(long(&pulled), noise(0, LONG));
     assert_eq!(told.count("again"), 2);
     let asked = ["bytes=0-", "bytes=1000000-", "bytes=0-"];
     assert_eq!(ranges(&proxy, &ground.layers[1]), asked);

@@ -18,7 +18,8 @@ mod signer;
 
 use std::{error::Error as _, fs, path::Path, sync::Arc};
 
-use ground::{Ground, LONG, PATIENCE, is_empty, long, noise, options, pull_at, pull_with};
+use common::noise;
+use ground::{Ground, LONG, PATIENCE, is_empty, long, options, pull_at, pull_with};
 use husk_image::{
     layer::Sha256Digest,
     pull::{Options, Pulled},
@@ -78,7 +79,7 @@ fn an_image_that_is_signed_comes() {
         let (options, _) = wanting(&ground, host, &[&third.public, &both]);
         for name in [format!("{host}/app:1"), format!("{host}/app@{digest}")] {
             let pulled = pull(&ground, kind, &name, &options).unwrap();
-            assert_eq!(long(&pulled), noise(LONG), "{kind}");
+            assert_eq!(long(&pulled), noise(0, LONG), "{kind}");
         }
     }
 }

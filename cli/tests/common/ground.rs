@@ -13,7 +13,7 @@ use std::{
 use husk_image::store::Store;
 
 use crate::{
-    common::{run, tree},
+    common::{noise, run, tree},
     images::{layer, publish},
     registry::Registry,
 };
@@ -45,7 +45,7 @@ impl Ground {
         for (name, byte) in [("one", 1), ("two", 2)] {
             let upper = dir.path().join(name);
             fs::create_dir(&upper).unwrap();
-            fs::write(upper.join("long"), noise(byte)).unwrap();
+            fs::write(upper.join("long"), noise(byte, LONG)).unwrap();
             publish(&store, name, &[lower.clone(), layer(&upper)]);
             registry.push(&layout, name, &format!("{name}:1"), flags);
         }
@@ -78,18 +78,6 @@ impl Ground {
     pub fn one(&self) -> String {
         format!("{}/one:1", self.registry.host)
     }
-}
-
-pub fn noise(seed: u8) -> Vec<u8> {
-    let mut state = 88_172_645_463_325_252_u64 ^ u64::from(seed);
-    let mut bytes = Vec::with_capacity(LONG);
-    while bytes.len() < LONG {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes
 }
 
 pub fn output(command: &mut Command) -> Output {

@@ -7,6 +7,8 @@ use proptest::prelude::*;
 use rustix::fs::{XattrFlags, lsetxattr, makedev};
 use tar::EntryType;
 
+mod lower;
+mod without_root;
 mod world;
 
 use super::*;
@@ -276,44 +278,6 @@ fn deletions_are_overlayfs_own() {
 }
 
 #[test]
-fn a_directory_taken_for_granted_is_as_below() {
-    let (lowest, lower) = (
-        unpacked(Layer::new().dir("tmp", 0o700).dir("var", 0o710)),
-        unpacked(
-            Layer::new()
-                .xattr("user.k", b"v")
-                .dir("tmp", 0o1777)
-                .file("var", "hidden"),
-        ),
-    );
-    let dirs = Dirs::new();
-    let layer = Layer::new()
-        .file("tmp/x/f", "f")
-        .file("new/f", "f")
-        .file(".wh.var", "")
-        .file("var/f", "f");
-    layer
-        .unpack_to(&dirs.path(""), &[&lower.path(""), &lowest.path("")])
-        .unwrap();
-    let tmp = fs::metadata(dirs.path("tmp")).unwrap();
-    assert_eq!(
-        (dirs.mode("tmp"), tmp.uid(), tmp.gid(), tmp.mtime()),
-        (0o1777, 7, 8, 1_000_000_000)
-    );
-    assert_eq!(xattr(&dirs.path("tmp"), "user.k").unwrap(), b"v");
-    for name in ["tmp/x", "new", "var"] {
-        assert_eq!(
-            (
-                dirs.mode(name),
-                fs::metadata(dirs.path(name)).unwrap().uid()
-            ),
-            (0o755, 0),
-            "{name}"
-        );
-    }
-}
-
-#[test]
 fn attributes_of_overlayfs_are_not_an_images() {
     let layer = Layer::new()
         .xattr("trusted.overlay.redirect", b"/etc")
@@ -361,79 +325,6 @@ fn an_archive_that_breaks_off_is_an_error() {
     assert!(error.to_string().contains("incomplete"), "{error}");
 }
 
-/// Unpacked as by who is not root.
-fn as_the_callers(layer: Layer, dirs: &Dirs, lowers: &[&Path]) -> Unpacked {
-    let bytes = layer.0.into_inner().unwrap();
-    let options = Options {
-        owners: Owners::Caller,
-        user_xattrs: true,
-        lowers,
-    };
-    unpack(&mut Archive::new(&*bytes), &dirs.path(""), options).unwrap()
-}
-
-#[test]
-fn without_root_files_are_the_callers() {
-    let owned = |layer: Layer, name: &str, kind, uid, gid| {
-        let set = |h: &mut tar::Header| {
-            h.set_uid(uid);
-            h.set_gid(gid);
-        };
-        layer.entry(kind, name, set, &[])
-    };
-    // What an image says of owners itself is not believed.
-    let layer = Layer::new()
-        .xattr("user.rootlesscontainers", b"x")
-        .dir("d", 0o500)
-        .file("d/f", "f")
-        .file("d/.wh.x", "")
-        .dir("d/opaque", 0)
-        .file("d/opaque/.wh..wh..opq", "")
-        .device("d/null", (1, 3))
-        .symlink("d/link", "f");
-    let layer = owned(layer, "roots", EntryType::Regular, 0, 0);
-    let layer = owned(layer, "group", EntryType::Regular, 0, 300);
-    let layer = owned(layer, "d", EntryType::Directory, 0, 0);
-    let layer = owned(layer, "e", EntryType::Directory, 5, 6);
-    let dirs = Dirs::new();
-    assert_eq!(as_the_callers(layer, &dirs, &[]).left_out, 1);
-    let own = fs::metadata(dirs.path("")).unwrap().uid();
-    let about = |name: &str| {
-        let file = fs::symlink_metadata(dirs.path(name)).unwrap();
-        assert_eq!(file.uid(), own, "{name}");
-        let owner = xattr(&dirs.path(name), "user.rootlesscontainers");
-        (file.mode() & 0o7777, owner)
-    };
-    let record = |uid: &[u8], gid: &[u8]| Some([&[8], uid, &[16], gid].concat());
-    assert_eq!(about("d/f"), (0o644, record(&[7], &[8])));
-    assert_eq!(about("d/opaque"), (0, record(&[7], &[8])));
-    assert_eq!(about("d/null"), (0o644, record(&[7], &[8])));
-    assert!(fs::metadata(dirs.path("d/null")).unwrap().is_file());
-    let nobodys: &[u8] = &[0xff, 0xff, 0xff, 0xff, 0xf];
-    assert_eq!(about("group"), (0o644, record(nobodys, &[0xac, 2])));
-    // Told again, it is another's.
-    assert_eq!(about("d"), (0o644, None));
-    assert_eq!(about("roots"), (0o644, None));
-    assert!(dirs.is_whiteout("d/x"));
-    assert_eq!(
-        xattr(&dirs.path("d/opaque"), "user.overlay.opaque").unwrap(),
-        b"y"
-    );
-    // Taken for granted above, they are as they were.
-    let upper = Dirs::new();
-    as_the_callers(
-        Layer::new().file("d/new", "").file("e/new", ""),
-        &upper,
-        &[&dirs.path("")],
-    );
-    let owner = |name: &str| xattr(&upper.path(name), "user.rootlesscontainers");
-    assert_eq!(
-        (owner("d"), owner("e")),
-        (None, record(&[5], &[6])),
-        "as below"
-    );
-}
-
 #[test]
 fn a_directory_told_again_has_what_is_told_last() {
     let layer = Layer::new()
@@ -451,114 +342,6 @@ fn a_directory_told_again_has_what_is_told_last() {
     assert!(dirs.is_opaque("d"));
     assert_eq!(xattr(&dirs.path(""), "user.first"), None);
     assert_eq!(dirs.mode(""), 0o700);
-}
-
-#[test]
-fn the_root_is_as_below_where_a_layer_does_not_tell_of_it() {
-    let lower = unpacked(Layer::new().xattr("user.k", b"v").dir(".", 0o711));
-    let dirs = Dirs::new();
-    // What somebody left who was cut off, or whose blob was another's.
-    for key in ["user.left", "trusted.overlay.opaque"] {
-        lsetxattr(dirs.path(""), key, b"y", XattrFlags::empty()).unwrap();
-    }
-    let layer = Layer::new().file("f", "");
-    layer.unpack_to(&dirs.path(""), &[&lower.path("")]).unwrap();
-    let root = fs::metadata(dirs.path("")).unwrap();
-    assert_eq!(
-        (dirs.mode(""), root.uid(), root.gid(), root.mtime()),
-        (0o711, 7, 8, 1_000_000_000)
-    );
-    assert_eq!(xattr(&dirs.path(""), "user.k").unwrap(), b"v");
-    assert_eq!(xattr(&dirs.path(""), "user.left"), None);
-    assert!(!dirs.is_opaque(""));
-    let alone = Dirs::new();
-    fs::set_permissions(
-        alone.path(""),
-        std::os::unix::fs::PermissionsExt::from_mode(0o700),
-    )
-    .unwrap();
-    alone.unpack(Layer::new().file("f", "")).unwrap();
-    assert_eq!(alone.mode(""), 0o755);
-}
-
-/// As containerd and Docker have it; umoci would follow the link.
-#[test]
-fn a_link_below_becomes_a_directory() {
-    let lowest = unpacked(Layer::new().dir("usr", 0o755).dir("usr/lib", 0o751));
-    let lower = unpacked(
-        Layer::new()
-            .dir("usr", 0o755)
-            .dir("usr/bin", 0o711)
-            .symlink("bin", "usr/bin")
-            .symlink("lib", "/usr/lib")
-            .symlink("out", "/../../../../etc")
-            .symlink("loop", "loop"),
-    );
-    let dirs = Dirs::new();
-    let layer = Layer::new()
-        .file("bin/f", "f")
-        .file("lib/f", "f")
-        .file("out/f", "f")
-        .file("loop/f", "f");
-    layer
-        .unpack_to(&dirs.path(""), &[&lower.path(""), &lowest.path("")])
-        .unwrap();
-    for (name, mode) in [
-        ("bin", 0o711),
-        ("lib", 0o755),
-        ("out", 0o755),
-        ("loop", 0o755),
-    ] {
-        assert!(fs::symlink_metadata(dirs.path(name)).unwrap().is_dir());
-        assert_eq!(
-            (dirs.mode(name), dirs.read(&format!("{name}/f"))),
-            (mode, "f".to_owned()),
-            "{name}"
-        );
-    }
-    assert!(!dirs.path("usr").exists());
-}
-
-#[test]
-fn what_a_layer_below_has_replaced_or_hidden_counts_for_nothing() {
-    let lowest = unpacked(
-        Layer::new()
-            .dir("file", 0o700)
-            .dir("gone", 0o700)
-            .dir("opaque", 0o700)
-            .dir("opaque/in", 0o700)
-            .dir("opaque/in/deep", 0o700),
-    );
-    let lower = unpacked(
-        Layer::new()
-            .file("file", "")
-            .file(".wh.gone", "")
-            .dir("opaque", 0o701)
-            .file("opaque/.wh..wh..opq", ""),
-    );
-    let dirs = Dirs::new();
-    let layer = Layer::new()
-        .file("file/f", "")
-        .file("gone/f", "")
-        .file("opaque/in/deep/f", "");
-    layer
-        .unpack_to(&dirs.path(""), &[&lower.path(""), &lowest.path("")])
-        .unwrap();
-    let modes =
-        ["file", "gone", "opaque", "opaque/in", "opaque/in/deep"].map(|name| dirs.mode(name));
-    assert_eq!(modes, [0o755, 0o755, 0o701, 0o755, 0o755]);
-}
-
-#[test]
-fn a_directory_that_is_there_may_be_the_callers_link() {
-    let dirs = Dirs::new();
-    let link = dirs.all.path().join("link");
-    symlink(dirs.path(""), &link).unwrap();
-    Layer::new().file("f", "f").unpack_to(&link, &[]).unwrap();
-    assert_eq!(dirs.read("f"), "f");
-    let gone = dirs.all.path().join("gone");
-    let error = Layer::new().unpack_to(&gone, &[]).unwrap_err();
-    assert!(error.to_string().contains("gone"), "{error}");
 }
 
 #[derive(Debug, Clone)]

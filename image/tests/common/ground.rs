@@ -22,7 +22,7 @@ use husk_image::{
 };
 
 use crate::{
-    common::tree,
+    common::{noise, tree},
     images::{layer, publish},
     registry::{Fault, Proxy, Registry, Request},
 };
@@ -60,7 +60,7 @@ impl Ground {
         fs::create_dir(&lower).unwrap();
         tree(&lower);
         fs::create_dir(&upper).unwrap();
-        fs::write(upper.join("long"), noise(LONG)).unwrap();
+        fs::write(upper.join("long"), noise(0, LONG)).unwrap();
         publish(&store, "app", &[layer(&lower), layer(&upper)]);
         registry.push(&layout, "app", "app:1", flags);
         let image = store.image("app", &Platform::here()).unwrap().unwrap();
@@ -86,19 +86,6 @@ impl Ground {
             }
         })
     }
-}
-
-/// Bytes that no compression shortens, always the same.
-pub fn noise(length: usize) -> Vec<u8> {
-    let mut state = 88_172_645_463_325_252_u64;
-    let mut bytes = Vec::with_capacity(length);
-    while bytes.len() < length {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes
 }
 
 /// What a pull tells, as words.

@@ -162,3 +162,16 @@ fn xattrs(path: &Path) -> Vec<(String, Vec<u8>)> {
     all.sort();
     all
 }
+
+/// Bytes that no compression shortens, of each seed always the same.
+pub fn noise(seed: u8, length: usize) -> Vec<u8> {
+    let mut state = 88_172_645_463_325_252_u64 ^ u64::from(seed);
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes
+}

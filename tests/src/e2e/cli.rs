@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use husk_tests::{
     ctr::{self, Output},
-    host,
+    host, wait,
 };
 use serde_json::Value;
 
@@ -94,6 +94,24 @@ impl Husk {
             &[IMAGE, "sh", "-c", script],
         ];
         self.run(&args.concat())
+    }
+
+    /// `husk run -d` of a script, without a network; the container's id.
+    fn detached(&self, name: &str, flags: &[&str], script: &str) -> Result<String> {
+        let args = [
+            &["run", "-d", "--name", name, "--network", "none"],
+            flags,
+            &[IMAGE, "sh", "-c", script],
+        ];
+        self.text(&args.concat())
+    }
+
+    /// Waits until a container has said that it is ready, and nothing else.
+    fn is_ready(&self, name: &str) -> Result<()> {
+        wait::until("the container to be ready", || {
+            let said = self.text(&["logs", name]).ok()?;
+            (said == "ready").then_some(())
+        })
     }
 
     fn inspect(&self, name: &str) -> Result<Value> {

@@ -115,15 +115,20 @@ fn follows_size(suite: &Context) -> Result<()> {
         .containerd
         .run_command(suite.runtime, &id, &["--rm", "--tty"], &["sh"]);
     let mut session = Session::start(&mut command, size(33, 77))?;
-    session.type_in("tty\n")?;
-    session.expect("/dev/pts/0")?;
-    has_size(&mut session, "33 77")?;
-    session.resize(size(44, 99))?;
-    has_size(&mut session, "44 99")?;
+    is_terminal_of_size(&mut session)?;
     session.type_in("exit 7\n")?;
     let code = session.finish()?;
     ensure!(code == 7, "exit code {code}");
     Ok(())
+}
+
+/// A shell that was started at 33 lines of 77 columns has a terminal of that size, and of the next one.
+pub fn is_terminal_of_size(session: &mut Session) -> Result<()> {
+    session.type_in("tty\n")?;
+    session.expect("/dev/pts/0")?;
+    has_size(session, "33 77")?;
+    session.resize(size(44, 99))?;
+    has_size(session, "44 99")
 }
 
 /// The container's terminal gets this size: ctr tells it a moment after the start.

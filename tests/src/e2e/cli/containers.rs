@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use super::{Husk, IMAGE};
 use crate::{
     context::{Context, hex},
-    terminal::{Session, has_size, size},
+    terminal::{Session, has_size, is_terminal_of_size, size},
 };
 
 pub fn exit_codes_and_streams(suite: &Context) -> Result<()> {
@@ -60,18 +60,7 @@ pub fn exit_codes_and_streams(suite: &Context) -> Result<()> {
 pub fn lives_again(suite: &Context) -> Result<()> {
     let husk = Husk::new(suite)?;
     let script = "echo run $(cat /count 2>/dev/null); echo x >>/count; trap 'echo asked; exit 4' TERM; while :; do sleep 0.2; done";
-    let id = husk.text(&[
-        "run",
-        "-d",
-        "--name",
-        "one",
-        "--network",
-        "none",
-        IMAGE,
-        "sh",
-        "-c",
-        script,
-    ])?;
+    let id = husk.detached("one", &[], script)?;
     ensure!(id.len() == 64, "{id:?} is no id");
     let list: Value = serde_json::from_str(&husk.text(&["ps", "--format", "json"])?)?;
     ensure!(
@@ -211,11 +200,7 @@ pub fn terminal(suite: &Context) -> Result<()> {
         "sh",
     ]);
     let mut session = Session::start(&mut command, size(33, 77))?;
-    session.type_in("tty\n")?;
-    session.expect("/dev/pts/0")?;
-    has_size(&mut session, "33 77")?;
-    session.resize(size(44, 99))?;
-    has_size(&mut session, "44 99")?;
+    is_terminal_of_size(&mut session)?;
     session.type_in("MINE=kept\n\x10\x11")?;
     ensure!(session.finish()? == 0);
     ensure!(husk.state("tty")? == "running");
@@ -243,24 +228,8 @@ pub fn volumes(suite: &Context) -> Result<()> {
         format!("{}:/file:ro", host.join("file").display()),
     );
     let script = "cat /dir/file; (echo x >/file) 2>/dev/null || echo read-only; echo mine >/data/kept; echo from-guest >/dir/guest; sleep 1000";
-    husk.text(&[
-        "run",
-        "-d",
-        "--name",
-        "volumes",
-        "--network",
-        "none",
-        "-v",
-        &dir,
-        "-v",
-        &file,
-        "-v",
-        "data:/data",
-        IMAGE,
-        "sh",
-        "-c",
-        script,
-    ])?;
+    let flags = ["-v", &dir, "-v", &file, "-v", "data:/data"];
+    husk.detached("volumes", &flags, script)?;
     wait::until("the container's file", || {
         fs::read_to_string(host.join("guest"))
             .ok()

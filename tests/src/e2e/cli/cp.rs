@@ -64,24 +64,8 @@ pub fn running(suite: &Context) -> Result<()> {
         format!("{}:/vol", shared.display()),
         format!("{}:/ro:ro", shared.display()),
     );
-    husk.text(&[
-        "run",
-        "-d",
-        "--name",
-        "one",
-        "--network",
-        "none",
-        "-v",
-        &volume,
-        "-v",
-        &read_only,
-        "--tmpfs",
-        "/scratch",
-        IMAGE,
-        "sh",
-        "-c",
-        "echo made >/made; sleep 1000",
-    ])?;
+    let flags = ["-v", &volume, "-v", &read_only, "--tmpfs", "/scratch"];
+    husk.detached("one", &flags, "echo made >/made; sleep 1000")?;
     let exec = |script: &str| husk.text(&["exec", "one", "sh", "-c", script]);
     // In: by docker's rules, root's unless -a says otherwise, and seen at once.
     husk.text(&["cp", &from, "one:/new"])?;
@@ -222,23 +206,8 @@ pub fn hostile(suite: &Context) -> Result<()> {
         mkdir /real /race; echo mine >/real/secret; mkfifo /race/pipe; mknod /race/null c 1 3; echo ready
         while :; do ln -sfn {root} /race/x; rm -f /race/x; ln -s /real /race/x; rm -f /race/x; mkdir /race/x 2>/dev/null; echo mine >/race/x/secret; rm -rf /race/x; done"
     );
-    husk.text(&[
-        "run",
-        "-d",
-        "--name",
-        "one",
-        "--network",
-        "none",
-        IMAGE,
-        "sh",
-        "-c",
-        &script,
-    ])?;
-    wait::until("the traps", || {
-        husk.text(&["logs", "one"])
-            .ok()
-            .filter(|text| text == "ready")
-    })?;
+    husk.detached("one", &[], &script)?;
+    husk.is_ready("one")?;
     let to = husk.root.join("to");
     let to_name = to.display().to_string();
     let check = || -> Result<()> {

@@ -1,7 +1,6 @@
 //! `--init`.
 
 use anyhow::{Result, ensure};
-use husk_tests::wait;
 
 use super::{Husk, IMAGE};
 use crate::{
@@ -44,24 +43,8 @@ pub fn init(suite: &Context) -> Result<()> {
     husk.text(&["kill", "-s", "TERM", "one"])?;
     ensure!(husk.text(&["wait", "one"])? == "143");
     let script = "trap 'echo asked; exit 4' USR1; echo ready; while :; do sleep 0.1; done";
-    husk.text(&[
-        "run",
-        "-d",
-        "--init",
-        "--name",
-        "two",
-        "--network",
-        "none",
-        IMAGE,
-        "sh",
-        "-c",
-        script,
-    ])?;
-    wait::until("the program's handler", || {
-        husk.text(&["logs", "two"])
-            .ok()
-            .filter(|text| text == "ready")
-    })?;
+    husk.detached("two", &["--init"], script)?;
+    husk.is_ready("two")?;
     husk.text(&["kill", "-s", "USR1", "two"])?;
     ensure!(husk.text(&["wait", "two"])? == "4");
     ensure!(husk.text(&["logs", "two"])? == "ready\nasked");
