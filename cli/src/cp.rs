@@ -4,6 +4,7 @@
 //! container is hostile, no path of it leads anywhere but below its root ([`crate::root`]), whatever it changes meanwhile ([`walk`], [`make`]).
 
 mod make;
+mod owners;
 mod stream;
 mod tree;
 mod walk;
@@ -22,6 +23,7 @@ use rustix::{
 
 use self::{
     make::{Keep, Made, Maker, Replace},
+    owners::Owners,
     tree::Tree,
     walk::Source,
 };
@@ -93,23 +95,31 @@ fn from_container(container: &Container, path: &[u8], to: &[u8], args: &args::Cp
     // The host's side first: it needs no mounts.
     let there = There::of(&Root::host(), to)?;
     let tree = Tree::open(container)?;
-    let (source, named) = source(&Root::container(&tree.root), path, args.follow_link)?;
+    let (source, named) = source(
+        &Root::container(&tree.root),
+        tree.owners,
+        path,
+        args.follow_link,
+    )?;
     tree.check(&source.place, &lossy(path), &container.record.name)?;
     let keep = Keep {
         owner: args.archive,
         privileges: args.archive,
+        root: Owners::HOST,
     };
     copy(&source, &named, there, to, keep)
 }
 
 fn to_container(from: &[u8], container: &Container, path: &[u8], args: &args::Cp) -> Result<()> {
-    let (source, named) = source(&Root::host(), from, args.follow_link)?;
+    let (source, named) = source(&Root::host(), Owners::HOST, from, args.follow_link)?;
     let tree = Tree::open(container)?;
+    tree.owners.act_as_root()?;
     let there = There::of(&Root::container(&tree.root), &from_root(path))?;
     tree.check(there.directory(), &lossy(path), &container.record.name)?;
     let keep = Keep {
         owner: args.archive,
         privileges: true,
+        root: tree.owners,
     };
     copy(&source, &named, there, path, keep)
 }
@@ -120,7 +130,12 @@ fn stream_out(container: &Container, path: &[u8], args: &args::Cp) -> Result<()>
         bail!("an archive is nothing for a terminal: write it to a file or a pipe");
     }
     let tree = Tree::open(container)?;
-    let (source, named) = source(&Root::container(&tree.root), path, args.follow_link)?;
+    let (source, named) = source(
+        &Root::container(&tree.root),
+        tree.owners,
+        path,
+        args.follow_link,
+    )?;
     tree.check(&source.place, &lossy(path), &container.record.name)?;
     let mut writer = stream::Writer::new(BufWriter::with_capacity(256 << 10, out.lock()));
     let top = if named.contents { &[][..] } else { named.name };
@@ -130,6 +145,7 @@ fn stream_out(container: &Container, path: &[u8], args: &args::Cp) -> Result<()>
 
 fn stream_in(container: &Container, path: &[u8], args: &args::Cp) -> Result<()> {
     let tree = Tree::open(container)?;
+    tree.owners.act_as_root()?;
     let root = Root::container(&tree.root);
     let path = from_root(path);
     let dir = root.open(&path, DIRECTORY);
@@ -143,6 +159,7 @@ fn stream_in(container: &Container, path: &[u8], args: &args::Cp) -> Result<()> 
     let keep = Keep {
         owner: args.archive,
         privileges: true,
+        root: tree.owners,
     };
     let mut maker = Maker::below(root, &path, keep);
     let copied = stream::read(io::stdin().lock(), &mut maker);
@@ -164,7 +181,12 @@ struct Named<'a> {
     contents: bool,
 }
 
-fn source<'a>(root: &Root<'_>, path: &'a [u8], follow: bool) -> Result<(Source, Named<'a>)> {
+fn source<'a>(
+    root: &Root<'_>,
+    owners: Owners,
+    path: &'a [u8],
+    follow: bool,
+) -> Result<(Source, Named<'a>)> {
     let flags = if follow {
         PLACE
     } else {
@@ -173,7 +195,7 @@ fn source<'a>(root: &Root<'_>, path: &'a [u8], follow: bool) -> Result<(Source, 
     let place = root
         .open(path, flags)
         .with_context(|| format!("finding {}", lossy(path)))?;
-    let source = Source::new(place)?;
+    let source = Source::new(place, owners)?;
     if !source.can_be_copied() {
         bail!("{} is neither a file, a directory nor a link", lossy(path));
     }

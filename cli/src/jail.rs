@@ -28,7 +28,7 @@ const CAPABILITIES: [(u8, &str); 8] = [
 ];
 
 /// Namespaces in which a VMM is alone.
-const NAMESPACES: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "pid", "uts"];
+const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
 
 /// Looks at the VMMs of the pods of this id, one in each of containerd's namespaces at most.
 ///
@@ -120,6 +120,7 @@ impl Process {
             statuses.push(fs::read_to_string(task?.path().join("status"))?);
         }
         Ok(vec![
+            user(&statuses, &self.read("uid_map")?),
             capabilities(&statuses),
             groups(&statuses),
             no_new_privs(&statuses),
@@ -177,6 +178,30 @@ fn is_harmless(target: &str) -> bool {
         || devices.contains(&target)
         || target == "/"
         || target.starts_with("/share")
+}
+
+/// Whose process it is on the host: nobody's. Its files' owners may be anybody else: threads of the file server act for them.
+fn user(statuses: &[String], uid_map: &str) -> Finding {
+    let map: Vec<_> = uid_map.split_whitespace().collect();
+    let roots: Vec<_> = statuses
+        .iter()
+        .filter(|status| {
+            ["Uid", "Gid"].iter().any(|ids| {
+                field(status, ids).is_none_or(|ids| ids.split_whitespace().any(|id| id == "0"))
+            })
+        })
+        .map(|status| field(status, "Name").unwrap_or("?"))
+        .collect();
+    let maps_root = map.chunks(3).any(|range| range.get(1) == Some(&"0"));
+    verdict(
+        "user",
+        roots.is_empty() && !maps_root,
+        "0 is one of the pod's own, nobody on the host",
+        match roots.is_empty() {
+            true => format!("root of the host is one of its users: {}", map.join(" ")),
+            false => "root of the host: its kernel (Linux 5.19 it takes) or husk's configuration has no user namespace for it".into(),
+        },
+    )
 }
 
 fn capabilities(statuses: &[String]) -> Finding {
@@ -320,6 +345,19 @@ mod tests {
         assert!(!is_ok(&groups(&with("Groups:\t ", "Groups:\t4 6"))));
         assert!(!is_ok(&no_new_privs(&with("Privs:\t1", "Privs:\t0"))));
         assert!(!is_ok(&seccomp(&with("Seccomp:\t2", "Seccomp:\t0"))));
+    }
+
+    #[test]
+    fn root_of_the_host_is_seen() {
+        let status = |ids: &str| vec![format!("{JAILED}Uid:\t{ids}\nGid:\t{ids}\n")];
+        let own = status("4026531847\t4026531847\t4026531847\t4026531847");
+        let map = "0 4026531847 1\n1 1 4026531846\n";
+        assert!(is_ok(&user(&own, map)));
+        assert!(!is_ok(&user(&status("0\t0\t0\t0"), "0 0 4294967295\n")));
+        assert!(!is_ok(&user(&own, "0 4026531847 1\n1 0 1\n")));
+        assert!(!is_ok(&user(&status("7\t0\t7\t7"), map)));
+        // Of a process that cannot be read.
+        assert!(!is_ok(&user(&[JAILED.to_owned()], map)));
     }
 
     #[test]

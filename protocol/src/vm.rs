@@ -11,7 +11,7 @@ use std::os::fd::RawFd;
 use serde::{Deserialize, Serialize};
 
 /// Version of the messages below. Shim and VMM are installed together; a mismatch is refused at launch.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Longest packet on the control channel, in bytes.
 pub const MAX_PACKET: usize = 64 * 1024;
@@ -70,6 +70,8 @@ pub struct VmConfig {
     pub nics: Vec<NicConfig>,
     /// Where the guest's console goes as it comes; `None`: only the last lines are kept, for a panic.
     pub console_fd: Option<RawFd>,
+    /// The user namespace that the VMM goes into, of which it is user 0; `None`: it stays in the shim's.
+    pub user_namespace_fd: Option<RawFd>,
     /// The guest logs its boot on the serial console (slow: for debugging a guest that does not come up).
     pub debug_console: bool,
 }
@@ -344,6 +346,7 @@ mod tests {
             }],
             nics: vec![NicConfig { queue_pairs: 1 }],
             console_fd: None,
+            user_namespace_fd: Some(9),
             debug_console: false,
         }
     }

@@ -49,6 +49,8 @@ pub struct Config {
     pub kernel_params: String,
     /// The host's kernel carries pods' packets, where it can.
     pub vhost_net: bool,
+    /// The VMM's user 0 is not the host's, where the kernel can do that.
+    pub user_namespace: bool,
     /// The guest logs its boot on the serial console, into the shim's log. Slow.
     pub debug_console: bool,
     /// What the shim logs.
@@ -95,6 +97,7 @@ struct File {
     cache: Option<CachePolicy>,
     kernel_params: Option<String>,
     vhost_net: Option<bool>,
+    user_namespace: Option<bool>,
     debug_console: Option<bool>,
     log_level: Option<LogLevel>,
     state_dir: Option<Spanned<PathBuf>>,
@@ -156,6 +159,7 @@ impl Default for Config {
             cache: CachePolicy::Auto,
             kernel_params: String::new(),
             vhost_net: true,
+            user_namespace: true,
             debug_console: false,
             log_level: LogLevel::Info,
             state_dir: PathBuf::from("/run/husk"),
@@ -244,6 +248,7 @@ impl Config {
         config.cache = file.cache.unwrap_or(config.cache);
         config.kernel_params = file.kernel_params.unwrap_or(config.kernel_params);
         config.vhost_net = file.vhost_net.unwrap_or(config.vhost_net);
+        config.user_namespace = file.user_namespace.unwrap_or(config.user_namespace);
         config.debug_console = file.debug_console.unwrap_or(config.debug_console);
         config.log_level = file.log_level.unwrap_or(config.log_level);
         config.enabled_annotations = file

@@ -46,4 +46,5 @@ pub mod stdio;
 pub mod streams;
 pub mod timing;
 pub mod vm;
+pub mod vmm_users;
 pub mod volume;

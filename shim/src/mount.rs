@@ -21,7 +21,11 @@ use rustix::{
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
-use crate::{idmap::IdMap, overlay};
+use crate::{
+    idmap::{self, IdMap, IdMapError, Layers},
+    overlay,
+    vmm_users::VmmUsers,
+};
 
 /// `mount(2)` takes one page of options, with its final NUL.
 const MAX_DATA: usize = 4095;
@@ -81,6 +85,18 @@ pub enum MountError {
         target: PathBuf,
         /// Bytes.
         length: usize,
+    },
+    /// Its owners cannot be shifted.
+    #[error(
+        "cannot mount {source_path} ({kind}): {reason}, which the VMM's user namespace takes (user_namespace = false in husk's config.toml does without it)"
+    )]
+    Owners {
+        /// File system type.
+        kind: String,
+        /// What was to be mounted.
+        source_path: String,
+        /// What the kernel refused.
+        reason: IdMapError,
     },
     /// The target leaves the mount point, or is not there.
     #[error("mount target {0:?} is not a path in the root file system without links")]
@@ -190,11 +206,15 @@ fn parse(request: &MountRequest) -> Result<Options, MountError> {
     Ok(options)
 }
 
-/// Makes one mount on `base`, or below it where the request has a target.
+/// Makes one mount on `base`, or below it where the request has a target; with `users`, so that the VMM owns what root does on the disk.
 ///
 /// # Errors
-/// [`MountError`] naming source and target.
-pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
+/// [`MountError`] naming source and target; [`MountError::Owners`] only with `users`.
+pub fn apply(
+    request: &MountRequest,
+    base: &Path,
+    users: Option<&VmmUsers>,
+) -> Result<(), MountError> {
     // Open until the mount is made: its path goes by the descriptor.
     let place = below(base, &request.target)?;
     let target = &place.path();
@@ -208,30 +228,39 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
         target: told.clone(),
         reason,
     };
+    let not_shifted = |error: IdMapError| match error {
+        IdMapError::Os(reason) => refused(reason),
+        reason if users.is_some() => MountError::Owners {
+            kind: request.kind.clone(),
+            source_path: request.source.clone(),
+            reason,
+        },
+        IdMapError::Unmappable(_, reason) => refused(reason),
+    };
+    let is_overlay = request.kind == "overlay";
     if options.flags.contains(MsFlags::MS_BIND) {
         if !Path::new(&request.source).exists() {
             return Err(MountError::NoSource {
                 source_path: request.source.clone(),
             });
         }
-        bind(&request.source, target, &options).map_err(refused)?;
-    } else if let Some(idmap) = &options.idmap {
-        if request.kind != "overlay" {
-            return Err(MountError::Option {
-                kind: request.kind.clone(),
-                source_path: request.source.clone(),
-                option: "uidmap".into(),
-            });
-        }
-        let tree = idmap.overlay(target, options.flags, &options.data);
-        tree.and_then(|tree| attach(&tree, target))
-            .map_err(refused)?;
+        bind(&request.source, target, &options, users).map_err(not_shifted)?;
+    } else if options.idmap.is_some() && !is_overlay {
+        return Err(MountError::Option {
+            kind: request.kind.clone(),
+            source_path: request.source.clone(),
+            option: "uidmap".into(),
+        });
+    } else if is_overlay && (options.idmap.is_some() || users.is_some()) {
+        mapped_overlay(target, &options, users).map_err(not_shifted)?;
+    } else if let Some(users) = users {
+        mapped(request, target, &options, users).map_err(not_shifted)?;
     } else {
-        let length = options.data.join(",").len();
+        let data = options.data.join(",");
+        let length = data.len();
         if length <= MAX_DATA {
-            let data = options.data.join(",");
             mount_with(request, target, options.flags, &data).map_err(|e| refused(e.into()))?;
-        } else if request.kind == "overlay" {
+        } else if is_overlay {
             mount_many_layers(request, target, &options)?;
         } else {
             return Err(MountError::TooLong {
@@ -243,32 +272,76 @@ pub fn apply(request: &MountRequest, base: &Path) -> Result<(), MountError> {
     }
     // What lies on top of a directory is not seen by the directory's descriptor.
     let is_seen = matches!(place, Place::Base(_));
-    if request.kind == "overlay" && is_seen && !options.flags.contains(MsFlags::MS_RDONLY) {
+    if is_overlay && is_seen && !options.flags.contains(MsFlags::MS_RDONLY) {
         overlay::ensure_writable(target, &options.data).map_err(refused)?;
     }
     Ok(())
 }
 
 /// Clones what is mounted at `source` and attaches the clone, flags and all. Flags hold for the mounts below as well where those come
-/// along.
-fn bind(source: &str, target: &Path, options: &Options) -> io::Result<()> {
+/// along. What the request maps itself has no file of root's.
+fn bind(
+    source: &str,
+    target: &Path,
+    options: &Options,
+    users: Option<&VmmUsers>,
+) -> Result<(), IdMapError> {
     let below = options.flags.contains(MsFlags::MS_REC);
     let mut clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     clone.set(OpenTreeFlags::AT_RECURSIVE, below);
-    let tree = open_tree(CWD, source, clone)?;
+    let tree = open_tree(CWD, source, clone).map_err(io::Error::from)?;
     let (set, clear) = attributes(options.flags);
     if set != 0 {
         set_attributes(tree.as_fd(), below, (set, clear), MsFlags::empty(), None)?;
     }
+    let what = Path::new(source);
     if let Some(idmap) = &options.idmap {
-        idmap.apply(tree.as_fd())?;
+        idmap::map(&tree, false, idmap.user_namespace()?.as_fd(), what)?;
+    } else if let Some(users) = users {
+        users.map(tree.as_fd(), below, what)?;
     }
     let kind = options.propagation - MsFlags::MS_REC;
     if !kind.is_empty() {
         let below = options.propagation.contains(MsFlags::MS_REC);
         set_attributes(tree.as_fd(), below, (0, 0), kind, None)?;
     }
-    attach(&tree, target)
+    Ok(attach(&tree, target)?)
+}
+
+/// An overlay of mapped layers. What the request maps are the lower ones: containerd gives the upper one to the users that are shown.
+fn mapped_overlay(
+    target: &Path,
+    options: &Options,
+    users: Option<&VmmUsers>,
+) -> Result<(), IdMapError> {
+    let own = options.idmap.as_ref().map(IdMap::user_namespace);
+    let own = own.transpose()?;
+    let layers = match (&own, users) {
+        (Some(own), upper) => Layers {
+            lower: own.as_fd(),
+            upper,
+        },
+        (None, Some(users)) => users.layers(),
+        (None, None) => return Ok(()),
+    };
+    let tree = idmap::overlay(layers, target, options.flags, &options.data)?;
+    Ok(attach(&tree, target)?)
+}
+
+/// A file system of its own: mounted where nobody sees it, to be mapped before it is attached.
+fn mapped(
+    request: &MountRequest,
+    target: &Path,
+    options: &Options,
+    users: &VmmUsers,
+) -> Result<(), IdMapError> {
+    let tree = idmap::unseen(|| {
+        mount_with(request, target, options.flags, &options.data.join(","))?;
+        let tree = idmap::clone(target)?;
+        users.map(tree.as_fd(), false, Path::new(&request.source))?;
+        Ok(tree)
+    })?;
+    Ok(attach(&tree, target)?)
 }
 
 fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
@@ -520,7 +593,7 @@ mod tests {
                     unshare(CloneFlags::CLONE_NEWNS).unwrap();
                     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
                     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-                    apply(&request, base).map_err(|e| e.to_string())?;
+                    apply(&request, base, None).map_err(|e| e.to_string())?;
                     let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
                     let last = mounts.lines().last().unwrap().split(' ').nth(4).unwrap();
                     Ok(last.to_owned())
@@ -556,7 +629,9 @@ mod tests {
     fn a_missing_source_is_named() {
         let mut request = request("bind", &["rbind"]);
         request.source = "/no/such/dir".into();
-        let error = apply(&request, Path::new("/tmp")).unwrap_err().to_string();
+        let error = apply(&request, Path::new("/tmp"), None)
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("/no/such/dir") && error.contains("no such file"),
             "{error}"

@@ -214,7 +214,15 @@ impl Sandbox {
             doing: "open the pod's share",
             source,
         })?;
-        let spawned = self.driver.spawn(share_root)?;
+        let users = self
+            .share
+            .users()
+            .map(|users| users.namespace().try_clone_to_owned());
+        let users = users.transpose().map_err(|source| VmError::Host {
+            doing: "pass the VMM's user namespace on",
+            source,
+        })?;
+        let spawned = self.driver.spawn(share_root, users)?;
         let machine = Arc::clone(&spawned.machine);
         // Nobody else sets it.
         let _ = self.machine.set(Arc::clone(&machine));

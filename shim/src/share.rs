@@ -18,7 +18,10 @@
 use std::{
     ffi::OsStr,
     fs, io,
-    os::{fd::OwnedFd, unix::fs::FileTypeExt as _},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
 };
 
@@ -32,9 +35,11 @@ use tracing::warn;
 
 use crate::{
     cleanup,
+    error::chain,
     huge_pages::{self, HugeVolume},
     mount::{self, MountError, MountRequest},
     spec::{BundleSpec, GuestPaths},
+    vmm_users::VmmUsers,
 };
 
 /// A container's files that cannot be brought into the share.
@@ -93,7 +98,9 @@ pub enum ShareError {
 pub struct Share {
     root: PathBuf,
     served: PathBuf,
-    mount: fn(&MountRequest, &Path) -> Result<(), MountError>,
+    /// Whose the files are shown as; `None`: their owners'.
+    users: Option<VmmUsers>,
+    mount: fn(&MountRequest, &Path, Option<&VmmUsers>) -> Result<(), MountError>,
 }
 
 /// Makes what is mounted in `share` appear in `served`, where the directories themselves are read-only. Once a mount namespace, before
@@ -107,6 +114,7 @@ pub fn publish(share: &Path, served: &Path) -> io::Result<()> {
     };
     let change =
         |at: &Path, flags: MsFlags| mount(None::<&str>, at, None::<&str>, flags, None::<&str>);
+    open_to_vmm(share)?;
     bind(share, share)?;
     // Apart from the host's first: what the host mounts there is none of the guest's business.
     change(share, MsFlags::MS_PRIVATE)?;
@@ -119,11 +127,12 @@ pub fn publish(share: &Path, served: &Path) -> io::Result<()> {
 }
 
 impl Share {
-    /// The share of a pod, whose directories exist and have been [published](publish).
-    pub fn new(root: PathBuf, served: PathBuf) -> Self {
+    /// The share of a pod, whose directories exist and have been [published](publish), for a VMM with these users.
+    pub fn new(root: PathBuf, served: PathBuf, users: Option<VmmUsers>) -> Self {
         Self {
             root,
             served,
+            users,
             mount: mount::apply,
         }
     }
@@ -134,7 +143,8 @@ impl Share {
         Self {
             served: root.clone(),
             root,
-            mount: |_, _| Ok(()),
+            users: None,
+            mount: |_, _, _| Ok(()),
         }
     }
 
@@ -183,10 +193,10 @@ impl Share {
             if !path.is_dir() {
                 return Err(ShareError::NoRootfs { path });
             }
-            (self.mount)(&bind(&path, true, &["rprivate"]), &root)?;
+            self.mount(&bind(&path, true, &["rprivate"]), &root)?;
         }
         for request in rootfs {
-            (self.mount)(request, &root)?;
+            self.mount(request, &root)?;
         }
         let mut paths = GuestPaths {
             rootfs: guest("rootfs"),
@@ -233,12 +243,32 @@ impl Share {
                 options.push("rprivate");
             }
             let request = bind(&bound.source, bound.recursive, &options);
-            (self.mount)(&request, &target)?;
+            match self.mount(&request, &target) {
+                // Without this volume the container is no use to anybody, and many a program is not root.
+                Err(error @ MountError::Owners { .. }) => {
+                    warn!(
+                        destination = spec.mount_destination(bound.index),
+                        reason = chain(&error),
+                        "the volume is shown as it is: root's files are nobody's to the guest"
+                    );
+                    (self.mount)(&request, &target, None)?;
+                }
+                mounted => mounted?,
+            }
             paths
                 .mounts
                 .insert(bound.index, guest(&format!("mounts/{}", bound.index)));
         }
         Ok(paths)
+    }
+
+    fn mount(&self, request: &MountRequest, at: &Path) -> Result<(), MountError> {
+        (self.mount)(request, at, self.users.as_ref())
+    }
+
+    /// The users of the VMM that serves it.
+    pub fn users(&self) -> Option<&VmmUsers> {
+        self.users.as_ref()
     }
 
     /// Takes a container's files out. Idempotent; what cannot be removed is logged. Blocks.
@@ -274,10 +304,17 @@ fn bind(source: &Path, recursive: bool, options: &[&str]) -> MountRequest {
 }
 
 fn make_dir(path: &Path) -> Result<(), ShareError> {
-    fs::create_dir(path).map_err(|source| ShareError::Prepare {
-        path: path.to_owned(),
-        source,
-    })
+    let made = fs::create_dir(path);
+    made.and_then(|()| open_to_vmm(path))
+        .map_err(|source| ShareError::Prepare {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// Lets the VMM go through a directory that is root's, whatever its user and our umask. Nobody else gets to the share.
+fn open_to_vmm(directory: &Path) -> io::Result<()> {
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o755))
 }
 
 fn make_file(path: &Path) -> Result<(), ShareError> {
@@ -375,7 +412,7 @@ mod tests {
             fs::create_dir(&share).unwrap();
             fs::create_dir(&served).unwrap();
             publish(&share, &served).unwrap();
-            test(dir.path(), &Share::new(share, served));
+            test(dir.path(), &Share::new(share, served, None));
             cleanup::unmount_below(dir.path()).unwrap();
             cleanup::remove_tree(&dir.path().join("share")).unwrap();
             cleanup::remove_tree(&dir.path().join("served")).unwrap();

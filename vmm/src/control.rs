@@ -198,8 +198,9 @@ fn launch(
 }
 
 fn build(config: VmConfig, fds: &mut Inherited, started: u64) -> Result<Vm, String> {
+    let users = fds.take_users(&config).map_err(|e| sentence(&e))?;
     let mut parts = Parts::inherit(config, fds).map_err(|e| sentence(&e))?;
-    jail::enter(&mut parts.shares).map_err(|e| sentence(&e))?;
+    jail::enter(&mut parts.shares, users).map_err(|e| sentence(&e))?;
     Vm::launch(parts, started).map_err(|e| sentence(&e))
 }
 
@@ -424,6 +425,7 @@ mod tests {
             shares: Vec::new(),
             nics: Vec::new(),
             console_fd: None,
+            user_namespace_fd: None,
             debug_console: false,
         };
         let call = Call::Launch(Box::new(config));

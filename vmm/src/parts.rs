@@ -127,6 +127,17 @@ impl Inherited {
     }
 }
 
+impl Inherited {
+    /// Takes over the user namespace that the VMM goes into, if it does: no part of the VM.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn take_users(&mut self, config: &VmConfig) -> Result<Option<OwnedFd>, PartsError> {
+        let fd = config.user_namespace_fd;
+        fd.map(|fd| self.take("user_namespace_fd", fd)).transpose()
+    }
+}
+
 impl Parts {
     /// Checks `config` and takes over its descriptors.
     ///

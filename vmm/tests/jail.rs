@@ -47,6 +47,7 @@ fn start(role: &str) -> Command {
 fn child() {
     match env::var(ROLE).as_deref() {
         Err(_) => {}
+        Ok("inside") if env::var("USERS").is_ok() => with_one_thread(inside),
         Ok("inside") => inside(),
         Ok("unconfined") => println!("\n{}", attempt(&env::var("CALL").unwrap())),
         Ok(kind) => {
@@ -57,6 +58,23 @@ fn child() {
             // The harness' own end is none of a confined thread's calls.
             // SAFETY: ends the process.
             unsafe { libc::_exit(0) };
+        }
+    }
+}
+
+/// Does it as the first process of a PID namespace, as the VMM is, and with no thread of the harness', of which the kernel lets none into
+/// another user namespace.
+fn with_one_thread(act: fn()) {
+    unshare(CloneFlags::CLONE_NEWPID).unwrap();
+    // SAFETY: the child goes on with a copy of this thread, which holds no lock but that of the output, and ends without the harness.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Child => {
+            act();
+            // SAFETY: ends the process.
+            unsafe { libc::_exit(0) };
+        }
+        nix::unistd::ForkResult::Parent { child } => {
+            nix::sys::wait::waitpid(child, None).unwrap();
         }
     }
 }
@@ -225,6 +243,9 @@ fn inside() {
     let groups = [0, 4, 6].map(rustix::process::Gid::from_raw);
     rustix::thread::set_thread_groups(&groups).unwrap();
     tell("above from outside", &above(&shares[0].root));
+    let users = env::var("USERS")
+        .ok()
+        .map(|path| File::open(path).unwrap().into());
     // A mistake: a directory outside that is not closed.
     let stray = File::open("/etc").unwrap();
     let strays_file = || {
@@ -232,13 +253,13 @@ fn inside() {
         said(openat(&stray, "passwd", flags, Mode::empty()).map_err(io::Error::from))
     };
     tell("a stray directory from outside", &strays_file());
-    if let Err(error) = jail::enter(&mut shares) {
+    if let Err(error) = jail::enter(&mut shares, users) {
         tell("refused", &husk_vmm::sentence(&error));
         return;
     }
     let [share] = &shares;
     for line in BufReader::new(status).lines().map(Result::unwrap) {
-        if ["Cap", "NoNewPrivs", "Groups"]
+        if ["Cap", "NoNewPrivs", "Groups", "Uid", "Gid"]
             .iter()
             .any(|name| line.starts_with(name))
         {
@@ -330,8 +351,8 @@ fn bind(from: &Path, to: &Path) {
 }
 
 /// Starts a child as the shim does, with its share as the shim makes it; what it told until it was in, and all that it told after
-/// the shim had mounted something else.
-fn told_from_inside(namespaces: CloneFlags) -> (Vec<String>, String) {
+/// the shim had mounted something else. `users`: its user namespace, if it has one.
+fn told_from_inside(namespaces: CloneFlags, users: Option<&Users>) -> (Vec<String>, String) {
     let dir = tempfile::tempdir().unwrap();
     thread::scope(|scope| {
         // The thread's own namespace, which ends with it and with the child.
@@ -350,6 +371,9 @@ fn told_from_inside(namespaces: CloneFlags) -> (Vec<String>, String) {
             let fd = open(&served, flag, Mode::empty()).unwrap();
             unshare(namespaces).unwrap();
             let mut command = start("inside");
+            if let Some(users) = users {
+                command.env("USERS", users.path());
+            }
             let mapping = FdMapping {
                 parent_fd: fd,
                 child_fd: SHARE_FD,
@@ -374,7 +398,7 @@ fn told_from_inside(namespaces: CloneFlags) -> (Vec<String>, String) {
 
 #[test]
 fn inside_there_is_the_share_and_nothing_else() {
-    let (told, later) = told_from_inside(CloneFlags::CLONE_NEWPID);
+    let (told, later) = told_from_inside(CloneFlags::CLONE_NEWPID, None);
     let said = |what: &str| {
         told.iter()
             .find_map(|line| line.strip_prefix(what)?.strip_prefix(':'))
@@ -414,9 +438,64 @@ fn inside_there_is_the_share_and_nothing_else() {
     assert_eq!(later, "later: mounted-later");
 }
 
+/// A user namespace, as long as the process lives that it was made with.
+struct Users(std::process::Child);
+
+impl Users {
+    fn new(map: &str) -> Self {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "sh", "-c", "echo in; exec sleep 60"]);
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut said = String::new();
+        let out = child.stdout.take().unwrap();
+        BufReader::new(out).read_line(&mut said).unwrap();
+        for file in ["uid_map", "gid_map"] {
+            fs::write(format!("/proc/{}/{file}", child.id()), map).unwrap();
+        }
+        Self(child)
+    }
+
+    fn path(&self) -> String {
+        format!("/proc/{}/ns/user", self.0.id())
+    }
+}
+
+impl Drop for Users {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn with_users_of_its_own_root_is_nobody() {
+    let (told, later) = {
+        let users = Users::new("0 4026531847 1\n1 1 4026531846\n");
+        told_from_inside(CloneFlags::empty(), Some(&users))
+    };
+    let has = |line: &str| assert!(told.iter().any(|said| said == line), "{line}: {told:#?}");
+    // The status was opened outside, and tells whom the host sees.
+    for ids in ["Uid", "Gid"] {
+        has(&format!("{ids}:{}", "\t4026531847".repeat(4)));
+    }
+    has(&format!("CapEff:\t{:016x}", privileges::KEPT.bits()));
+    has("Groups:\t ");
+    has("share: later");
+    has("namespaces: PermissionDenied");
+    assert_eq!(later, "later: mounted-later");
+    // A namespace that knows no user 0 is none to be root of.
+    let users = Users::new("7 7 1\n");
+    let (told, _) = told_from_inside(CloneFlags::empty(), Some(&users));
+    let refused = told.iter().find(|line| line.starts_with("refused: "));
+    assert!(
+        refused.is_some_and(|line| line.contains("of the VMM's user namespace")),
+        "{told:#?}"
+    );
+}
+
 #[test]
 fn who_is_in_no_pid_namespace_of_its_own_does_not_go_in() {
-    let (told, _) = told_from_inside(CloneFlags::empty());
+    let (told, _) = told_from_inside(CloneFlags::empty(), None);
     let refused = told.iter().find(|line| line.starts_with("refused: "));
     assert!(
         refused.is_some_and(|line| line.contains("first process of a PID namespace")),

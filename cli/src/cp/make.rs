@@ -22,7 +22,10 @@ use rustix::{
     io::Errno,
 };
 
-use super::walk::{CAPABILITY, Content, Item, Kind, Sink};
+use super::{
+    owners::Owners,
+    walk::{CAPABILITY, Content, Item, Kind, Sink},
+};
 use crate::root::{DIRECTORY, Root, reopen, split};
 
 /// Bytes that a stream is copied by.
@@ -38,6 +41,8 @@ pub(super) struct Keep {
     pub(super) owner: bool,
     /// What gives a program its owner's rights, or some of root's. A container's root is not the host's.
     pub(super) privileges: bool,
+    /// Who root is where it is made.
+    pub(super) root: Owners,
 }
 
 /// What has been made.
@@ -379,10 +384,17 @@ fn copy_with_holes(mut from: &File, mut to: &File, size: u64) -> Result<u64> {
 }
 
 fn owner(item: &Item, keep: Keep) -> (Uid, Gid) {
-    match keep.owner {
-        true => (Uid::from_raw(item.uid), Gid::from_raw(item.gid)),
-        false => (rustix::process::geteuid(), rustix::process::getegid()),
-    }
+    let (uid, gid) = match keep.owner {
+        true => (item.uid, item.gid),
+        false => (
+            rustix::process::geteuid().as_raw(),
+            rustix::process::getegid().as_raw(),
+        ),
+    };
+    (
+        Uid::from_raw(keep.root.stored(uid)),
+        Gid::from_raw(keep.root.stored(gid)),
+    )
 }
 
 fn times(item: &Item) -> Timestamps {

@@ -11,10 +11,12 @@ use super::*;
 const ALL: Keep = Keep {
     owner: true,
     privileges: true,
+    root: Owners::HOST,
 };
 const TO_HOST: Keep = Keep {
     owner: false,
     privileges: false,
+    root: Owners::HOST,
 };
 
 /// A host's directory and a container's root, which is hostile.
@@ -43,7 +45,7 @@ impl Both {
 
     fn put(&self, from: &str, to: &str) -> Result<()> {
         let from = self.host("").join(from).display().to_string();
-        let (source, named) = source(&Root::host(), from.as_bytes(), false)?;
+        let (source, named) = source(&Root::host(), Owners::HOST, from.as_bytes(), false)?;
         let there = There::of(&Root::container(&self.root), &from_root(to.as_bytes()))?;
         copy(&source, &named, there, to.as_bytes(), ALL)
     }
@@ -51,7 +53,12 @@ impl Both {
     fn get(&self, from: &str, to: &str, follow: bool) -> Result<()> {
         let to = format!("{}/{to}", self.host("").display());
         let there = There::of(&Root::host(), to.as_bytes())?;
-        let (source, named) = source(&Root::container(&self.root), from.as_bytes(), follow)?;
+        let (source, named) = source(
+            &Root::container(&self.root),
+            Owners::HOST,
+            from.as_bytes(),
+            follow,
+        )?;
         copy(&source, &named, there, to.as_bytes(), TO_HOST)
     }
 }
@@ -319,7 +326,8 @@ fn a_failure_says_what_has_been_copied() {
 fn a_directory_is_not_copied_into_itself() {
     let both = Both::new();
     fs::write(both.inside("there/file"), "file").unwrap();
-    let (source, named) = source(&Root::container(&both.root), b"/there", false).unwrap();
+    let (source, named) =
+        source(&Root::container(&both.root), Owners::HOST, b"/there", false).unwrap();
     let there = There::of(&Root::container(&both.root), b"/there").unwrap();
     let error = copy(&source, &named, there, b"/there", ALL).unwrap_err();
     assert!(format!("{error:#}").contains("into itself"), "{error:#}");
@@ -333,7 +341,8 @@ fn a_stream_goes_out_and_in_again() {
     symlink("sub/file", both.inside("there/link")).unwrap();
     let long = "n".repeat(200);
     fs::write(both.inside("there").join(&long), "long").unwrap();
-    let (source, named) = source(&Root::container(&both.root), b"/there", false).unwrap();
+    let (source, named) =
+        source(&Root::container(&both.root), Owners::HOST, b"/there", false).unwrap();
     let mut archive = Vec::new();
     let mut writer = stream::Writer::new(&mut archive);
     source.walk(named.name, &mut writer).unwrap();
@@ -377,6 +386,7 @@ fn archives_stay_inside_and_make_what_they_take_for_granted() {
         let keep = Keep {
             owner: false,
             privileges: true,
+            root: Owners::HOST,
         };
         let mut maker = Maker::below(Root::container(&both.root), b"/there", keep);
         stream::read(&*archive(entries), &mut maker)

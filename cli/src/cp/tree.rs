@@ -26,6 +26,7 @@ use serde::Deserialize;
 
 use crate::{
     container::{Container, State, Status},
+    cp::owners::Owners,
     proc,
     root::{DIRECTORY, PLACE, Root, split},
     shim::Shim,
@@ -34,6 +35,7 @@ use crate::{
 /// A container's files.
 pub(super) struct Tree {
     pub(super) root: OwnedFd,
+    pub(super) owners: Owners,
     /// Its mounts go when nobody holds this.
     _namespace: File,
     /// Devices of what only the guest has.
@@ -58,9 +60,17 @@ impl Tree {
             Some(_) => held,
             None => hold(container, &status)?,
         };
+        // Of a mount that is made here, they are the disk's.
+        let owners = match pid {
+            Some(pid) => Owners::of(pid)?,
+            None => Owners::HOST,
+        };
         let assembled = thread::scope(|scope| {
             // A namespace is a thread's own affair: the others keep the host's.
-            let assembling = scope.spawn(|| assemble(container, pid));
+            let assembling = scope.spawn(|| {
+                owners.act_as_root()?;
+                assemble(container, pid)
+            });
             assembling
                 .join()
                 .unwrap_or_else(|_| Err(anyhow!("its thread has failed")))
@@ -73,6 +83,7 @@ impl Tree {
         }
         Ok(Self {
             root,
+            owners,
             _namespace: namespace,
             guests,
             _lock: lock,

@@ -16,6 +16,7 @@ use rustix::{
     io::Errno,
 };
 
+use super::owners::Owners;
 use crate::root::{PLACE, reopen};
 
 /// Directories in each other: each holds two descriptors while it is read.
@@ -88,12 +89,17 @@ pub(super) trait Sink {
 pub(super) struct Source {
     pub(super) place: OwnedFd,
     stat: Stat,
+    owners: Owners,
 }
 
 impl Source {
-    pub(super) fn new(place: OwnedFd) -> Result<Self> {
+    pub(super) fn new(place: OwnedFd, owners: Owners) -> Result<Self> {
         let stat = fstat(&place)?;
-        Ok(Self { place, stat })
+        Ok(Self {
+            place,
+            stat,
+            owners,
+        })
     }
 
     pub(super) fn is_directory(&self) -> bool {
@@ -112,7 +118,7 @@ impl Source {
 
     /// Copies it to this path, with all that is in it.
     pub(super) fn walk(&self, path: &[u8], sink: &mut impl Sink) -> Result<()> {
-        walk(&self.place, path.to_owned(), 0, sink)
+        walk(&self.place, path.to_owned(), 0, self.owners, sink)
     }
 }
 
@@ -120,15 +126,21 @@ fn kind(stat: &Stat) -> FileType {
     FileType::from_raw_mode(stat.st_mode)
 }
 
-fn walk(place: &OwnedFd, path: Vec<u8>, depth: usize, sink: &mut impl Sink) -> Result<()> {
+fn walk(
+    place: &OwnedFd,
+    path: Vec<u8>,
+    depth: usize,
+    owners: Owners,
+    sink: &mut impl Sink,
+) -> Result<()> {
     let stat = fstat(place)?;
     let name = String::from_utf8_lossy(&path).into_owned();
     let mut item = Item {
         path,
         kind: Kind::Directory,
         mode: stat.st_mode & 0o7777,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
+        uid: owners.told(stat.st_uid),
+        gid: owners.told(stat.st_gid),
         mtime: (
             stat.st_mtime,
             u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
@@ -144,7 +156,7 @@ fn walk(place: &OwnedFd, path: Vec<u8>, depth: usize, sink: &mut impl Sink) -> R
                 bail!("{name} is where it is copied to: a directory cannot be copied into itself");
             }
             sink.add(&item, Content::Nothing)?;
-            entries(place, &item, depth, sink)?;
+            entries(place, &item, depth, owners, sink)?;
             sink.leave(&item)
         }
         FileType::RegularFile => {
@@ -166,7 +178,13 @@ fn walk(place: &OwnedFd, path: Vec<u8>, depth: usize, sink: &mut impl Sink) -> R
     }
 }
 
-fn entries(place: &OwnedFd, parent: &Item, depth: usize, sink: &mut impl Sink) -> Result<()> {
+fn entries(
+    place: &OwnedFd,
+    parent: &Item,
+    depth: usize,
+    owners: Owners,
+    sink: &mut impl Sink,
+) -> Result<()> {
     let what = || format!("reading the directory {}", parent.name());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = openat(place, ".", flags, Mode::empty()).with_context(what)?;
@@ -182,7 +200,7 @@ fn entries(place: &OwnedFd, parent: &Item, depth: usize, sink: &mut impl Sink) -
         }
         path.extend(name.to_bytes());
         match openat(place, name, PLACE | OFlags::NOFOLLOW, Mode::empty()) {
-            Ok(child) => walk(&child, path, depth + 1, sink)?,
+            Ok(child) => walk(&child, path, depth + 1, owners, sink)?,
             // It has gone meanwhile.
             Err(Errno::NOENT) => {}
             Err(error) => {

@@ -28,6 +28,7 @@ use crate::{
     error::TaskError,
     share::Share,
     vm::{Driver, process::HuskVmm},
+    vmm_users::VmmUsers,
 };
 
 /// The name that the generated service has.
@@ -63,7 +64,8 @@ pub async fn serve_with(
     listener: UnixListener,
     driver: Arc<dyn Driver>,
 ) -> Result<(), ttrpc::Error> {
-    let share = Share::new(context.pod.share(), context.pod.served());
+    let users = context.config.user_namespace.then(VmmUsers::make).flatten();
+    let share = Share::new(context.pod.share(), context.pod.served(), users);
     let tasks = Tasks::start(context, share, driver);
     let mut server = Server::new()
         .add_listener(Listener::from(listener))

@@ -53,11 +53,12 @@ pub struct GuestConnection {
 
 /// Starts VMM processes.
 pub trait Driver: Send + Sync {
-    /// Starts a VMM that serves `share_root` to its guest; the guest does not run yet. Must be called within a tokio runtime.
+    /// Starts a VMM that serves `share_root` to its guest, as a user of the namespace `users` if there is one; the guest does not run yet.
+    /// Must be called within a tokio runtime.
     ///
     /// # Errors
     /// [`VmError`], a sentence that says what to do about it.
-    fn spawn(&self, share_root: OwnedFd) -> Result<Spawned, VmError>;
+    fn spawn(&self, share_root: OwnedFd, users: Option<OwnedFd>) -> Result<Spawned, VmError>;
 }
 
 /// A VMM process and what its guest dials.

@@ -64,6 +64,7 @@ const INITRAMFS_FD: RawFd = 6;
 const VSOCK_FD: RawFd = 7;
 const SHARE_FD: RawFd = 8;
 const CONSOLE_FD: RawFd = 9;
+const USERS_FD: RawFd = 10;
 
 /// Starts husk-vmm.
 #[derive(Debug, Clone)]
@@ -86,6 +87,8 @@ struct Process {
     pidfd: OwnedFd,
     control: Arc<Control>,
     cache: CachePolicy,
+    /// Its user namespace, where it has one.
+    users_fd: Option<RawFd>,
     kernel: PathBuf,
     initramfs: PathBuf,
     console: Tail,
@@ -97,7 +100,7 @@ fn host(doing: &'static str) -> impl FnOnce(io::Error) -> VmError {
 }
 
 impl Driver for HuskVmm {
-    fn spawn(&self, share_root: OwnedFd) -> Result<Spawned, VmError> {
+    fn spawn(&self, share_root: OwnedFd, users: Option<OwnedFd>) -> Result<Spawned, VmError> {
         let vmm = preflight::open_file("VMM", "vmm", &self.vmm)?;
         drop(vmm);
         let kernel = preflight::open_file("guest kernel", "kernel", &self.kernel)?;
@@ -112,6 +115,17 @@ impl Driver for HuskVmm {
             parent_fd,
             child_fd,
         };
+        let users_fd = users.as_ref().map(|_| USERS_FD);
+        let mut mappings = vec![
+            mapping(control_fd, CONTROL_FD),
+            mapping(kvm, KVM_FD),
+            mapping(kernel, KERNEL_FD),
+            mapping(initramfs, INITRAMFS_FD),
+            mapping(vsock_fd, VSOCK_FD),
+            mapping(share_root, SHARE_FD),
+            mapping(console_fd, CONSOLE_FD),
+        ];
+        mappings.extend(users.map(|users| mapping(users, USERS_FD)));
         let mut command = Command::new(&self.vmm);
         command
             .arg("--control-fd")
@@ -120,15 +134,7 @@ impl Driver for HuskVmm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
-            .fd_mappings(vec![
-                mapping(control_fd, CONTROL_FD),
-                mapping(kvm, KVM_FD),
-                mapping(kernel, KERNEL_FD),
-                mapping(initramfs, INITRAMFS_FD),
-                mapping(vsock_fd, VSOCK_FD),
-                mapping(share_root, SHARE_FD),
-                mapping(console_fd, CONSOLE_FD),
-            ])
+            .fd_mappings(mappings)
             .map_err(|e| VmError::Other(e.to_string()))?;
         let child = apart(|| command.spawn())
             .map_err(host("make a network and a PID namespace for the VMM"))?
@@ -141,7 +147,7 @@ impl Driver for HuskVmm {
         // Its copies of the VMM's fds must go, or the end of the VMM would not be seen.
         drop(command);
         let control = Control::new(control);
-        let machine = self.watch_over(child, control, console)?;
+        let machine = self.watch_over(child, control, console, users_fd)?;
         let (sender, connections) = mpsc::channel(CONNECTION_QUEUE);
         tokio::spawn(bridge::accept(vsock, sender));
         Ok(Spawned {
@@ -195,6 +201,7 @@ impl HuskVmm {
         mut child: Child,
         control: Arc<Control>,
         console: pipe::Receiver,
+        users_fd: Option<RawFd>,
     ) -> Result<Arc<Process>, VmError> {
         let pid = child.id().unwrap_or_default();
         let pidfd = i32::try_from(pid)
@@ -211,6 +218,7 @@ impl HuskVmm {
             pidfd,
             control,
             cache: self.cache,
+            users_fd,
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
             console: Tail::default(),
@@ -311,6 +319,7 @@ impl Machine for Process {
             }],
             nics: plan.nics,
             console_fd: Some(CONSOLE_FD),
+            user_namespace_fd: self.users_fd,
             debug_console: plan.debug_console,
         };
         match self.control.call(Call::Launch(Box::new(config))).await {
@@ -458,7 +467,7 @@ mod tests {
         let (ours, theirs) = Seqpacket::pair().unwrap();
         let (console_write, console_read) = console_pipe().unwrap();
         let process = driver
-            .watch_over(child, Control::new(ours), console_read)
+            .watch_over(child, Control::new(ours), console_read, None)
             .unwrap();
         drop((theirs, console_write));
         let mut ended = process.ended();

@@ -1,7 +1,8 @@
 //! The jail: what this process still has when its guest begins to run.
 //!
 //! A guest is hostile, and one bug of the devices may hand this process to it. What it gets then is a process that sees its pod's files
-//! and nothing else: a root of its own with only the share below it ([`root`]), namespaces of its own, the file server's capabilities
+//! and nothing else: a root of its own with only the share below it ([`root`]), namespaces of its own, users of its own where the kernel
+//! can show it the share so, the file server's capabilities
 //! and no way to more of them ([`privileges`]), the share once more where the host has [`landlock`], and system calls by lists
 //! ([`seccomp`]). Whatever step fails, the VM does not start.
 //!
@@ -16,6 +17,7 @@ pub mod root;
 pub mod seccomp;
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use crate::parts::Share;
 
@@ -53,17 +55,22 @@ impl JailError {
     }
 }
 
-/// Goes in, with `shares`, whose directories are found inside from then on. Only while this process has one thread.
+/// Goes in, with `shares`, whose directories are found inside from then on, and as user 0 of the user namespace `users`, if there is one.
+/// Only while this process has one thread.
 ///
 /// # Errors
 /// [`JailError`]; the process must end then.
-pub fn enter(shares: &mut [Share]) -> Result<(), JailError> {
+pub fn enter(shares: &mut [Share], users: Option<OwnedFd>) -> Result<(), JailError> {
     match nix::unistd::getpid().as_raw() {
         1 => {}
         other => return Err(JailError::PidNamespace(other)),
     }
     privileges::raise_descriptor_limit()?;
     root::enter(shares)?;
+    // The namespaces made until now are not this one's, whose capabilities say nothing of them.
+    if let Some(users) = users {
+        privileges::change_users(users)?;
+    }
     privileges::give_up()?;
     landlock::enter(shares)?;
     Ok(())

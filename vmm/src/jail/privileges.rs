@@ -1,13 +1,16 @@
 //! What the process may do as root: what a file server needs for its users' files, and no more.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
+use nix::sched::{CloneFlags, setns};
 use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
+    DumpableBehavior, Gid, Resource, Rlimit, Uid, getrlimit, set_dumpable_behavior, setrlimit,
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
+    set_thread_res_gid, set_thread_res_uid,
 };
 
 use super::JailError;
@@ -41,6 +44,21 @@ pub fn raise_descriptor_limit() -> Result<(), JailError> {
 #[must_use]
 pub fn descriptor_limit() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// Becomes user 0 of a user namespace, who is nobody outside.
+///
+/// # Errors
+/// [`JailError::Step`].
+pub fn change_users(namespace: OwnedFd) -> Result<(), JailError> {
+    setns(namespace, CloneFlags::CLONE_NEWUSER)
+        .map_err(JailError::step("enter the VMM's user namespace"))?;
+    let (user, group) = (Uid::ROOT, Gid::ROOT);
+    set_thread_res_gid(group, group, group).map_err(JailError::step(
+        "become a group of the VMM's user namespace",
+    ))?;
+    set_thread_res_uid(user, user, user)
+        .map_err(JailError::step("become a user of the VMM's user namespace"))
 }
 
 /// Gives everything else up, for good.

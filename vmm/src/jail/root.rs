@@ -127,14 +127,14 @@ fn bind(from: &Path, to: &Path) -> nix::Result<()> {
     mount(Some(from), to, None::<&str>, flags, None::<&str>)
 }
 
-/// Puts the tree together; where the shares will be in it.
+/// Puts the tree together, for whatever user this process will be: nobody else sees it. Where the shares will be in it.
 fn build(shares: &[PathBuf]) -> std::io::Result<Vec<String>> {
     mount(
         Some("husk"),
         TREE,
         Some("tmpfs"),
         LOCKED,
-        Some("mode=0700,size=64k"),
+        Some("mode=0755,size=64k"),
     )?;
     let mut inside = Vec::new();
     for (number, share) in shares.iter().enumerate() {

@@ -428,7 +428,7 @@ pub struct FakeVmm {
 pub struct FakeDriver(pub Arc<FakeVmm>);
 
 impl Driver for FakeDriver {
-    fn spawn(&self, _: OwnedFd) -> Result<Spawned, VmError> {
+    fn spawn(&self, _: OwnedFd, _: Option<OwnedFd>) -> Result<Spawned, VmError> {
         if self.0.fault == Fault::Spawn {
             return Err(VmError::KvmPvm);
         }

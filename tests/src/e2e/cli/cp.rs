@@ -203,7 +203,7 @@ pub fn hostile(suite: &Context) -> Result<()> {
     // Links that lead to the host's where they are followed on the host, and a name that is a link at one moment and a directory at the next.
     let script = format!(
         "ln -s {root}/secret /absolute; ln -s {root}/secret /nowhere; ln -s ../../../../../../../../../../{root}/secret /up; ln -s {root} /dir; ln -s /proc/1/root{root}/secret /magic
-        mkdir /real /race; echo mine >/real/secret; mkfifo /race/pipe; mknod /race/null c 1 3; echo ready
+        mkdir /real /race; echo mine >/real/secret; mkfifo /race/pipe; echo ready
         while :; do ln -sfn {root} /race/x; rm -f /race/x; ln -s /real /race/x; rm -f /race/x; mkdir /race/x 2>/dev/null; echo mine >/race/x/secret; rm -rf /race/x; done"
     );
     husk.detached("one", &[], &script)?;
@@ -229,7 +229,7 @@ pub fn hostile(suite: &Context) -> Result<()> {
         // Whatever is there at the moment; never the host's.
         let to = husk.root.join(format!("race-{round}"));
         let out = husk.run(&["cp", "one:/race", &to.display().to_string()])?;
-        ensure!(!to.join("pipe").exists() && !to.join("null").exists());
+        ensure!(!to.join("pipe").exists());
         let copied = fs::symlink_metadata(to.join("x")).ok();
         if copied.is_some_and(|there| there.is_dir()) {
             let text = fs::read_to_string(to.join("x/secret")).unwrap_or_default();
