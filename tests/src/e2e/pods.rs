@@ -47,6 +47,8 @@ fn sharing(suite: &Context) -> Result<()> {
         (answer.code == 0).then_some(answer.out)
     })?;
     ensure!(heard == "hello", "{heard}");
+    // It has answered, and may not have ended yet: containerd 2 does not remove it then.
+    server.ended()?;
     server.remove()?;
     Ok(())
 }
