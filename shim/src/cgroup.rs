@@ -1,11 +1,14 @@
 //! The pod's cgroup on the host: where its VMM is accounted, below the limits that the engine has set for the pod.
 //!
+//! The shim goes along: what a guest makes it do is the pod's. It leaves when the VM has gone, so that whoever has made the cgroup can remove it.
+//!
 //! The limits of one container are enforced by the guest's kernel; here only the whole counts. The VMM goes into the cgroup
 //! that the spec names for the container, so whatever limits its parents carry (a Kubernetes pod's cgroup) bind the VM.
 
 use std::{
     fs, io,
     path::{Component, Path, PathBuf},
+    sync::OnceLock,
 };
 
 use rustix::fs::{XattrFlags, getxattr, setxattr};
@@ -76,6 +79,24 @@ impl PodCgroup {
         entered.map(|()| is_new)
     }
 
+    /// Puts this process in as well, until [`go_home`].
+    ///
+    /// # Errors
+    /// When it cannot be told where it is now, or the file system refuses.
+    pub fn join(&self) -> io::Result<()> {
+        let home = match HOME.get() {
+            Some(home) => home,
+            None => {
+                let now = own(&fs::read_to_string("/proc/self/cgroup")?)?;
+                HOME.get_or_init(|| now)
+            }
+        };
+        match *home == self.0 {
+            true => Ok(()),
+            false => fs::write(self.0.join("cgroup.procs"), std::process::id().to_string()),
+        }
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.0
@@ -105,6 +126,27 @@ impl PodCgroup {
                 text.trim().parse().ok()
             })
             .min()
+    }
+}
+
+/// Where this process was before it joined a pod's cgroup.
+static HOME: OnceLock<PathBuf> = OnceLock::new();
+
+/// The cgroup that a process is in, by its `/proc/PID/cgroup` (cgroups(7)).
+fn own(text: &str) -> io::Result<PathBuf> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
+    let path = path.ok_or_else(|| io::Error::other("it is in no cgroup of v2"))?;
+    Ok(Path::new(ROOT).join(path))
+}
+
+/// Puts this process back where it was before it [joined](PodCgroup::join) one.
+///
+/// # Errors
+/// When the file system refuses.
+pub fn go_home() -> io::Result<()> {
+    match HOME.get() {
+        Some(home) => fs::write(home.join("cgroup.procs"), std::process::id().to_string()),
+        None => Ok(()),
     }
 }
 

@@ -157,6 +157,8 @@ pub fn clear_pod(pod: &PodDir) -> Vec<String> {
         .as_deref()
         .filter(|c| c.starts_with("/sys/fs/cgroup/"))
     {
+        // The pod's own shim may be in it.
+        check(cgroup::go_home());
         check(cleanup::remove_cgroup(cgroup, CGROUP_LIMIT));
         cgroup::remove_parents(cgroup);
     }

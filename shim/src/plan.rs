@@ -13,7 +13,7 @@ use crate::{
     vm::{LaunchPlan, VmError, process},
 };
 
-/// Puts the VMM into the pod's cgroup, notes that in the pod's state, and decides how large the VM is. Blocks. Returns the cgroup as
+/// Puts the VMM, and this shim, into the pod's cgroup, notes that in the pod's state, and decides how large the VM is. Blocks. Returns the cgroup as
 /// well, where the pod has one.
 ///
 /// # Errors
@@ -126,8 +126,17 @@ fn cgroup_for(path: &Path) -> Option<PodCgroup> {
 
 /// Returns whether the cgroup is there and husk's own.
 fn place_in_cgroup(cgroup: &PodCgroup, vmm: u32) -> bool {
-    cgroup.place(vmm).unwrap_or_else(|error| {
-        warn!(%error, path = %cgroup.path().display(), "the VMM stays in the shim's cgroup");
-        false
-    })
+    let path = cgroup.path().display();
+    match cgroup.place(vmm) {
+        Ok(is_own) => {
+            if let Err(error) = cgroup.join() {
+                warn!(%error, %path, "the shim stays outside of the pod's cgroup");
+            }
+            is_own
+        }
+        Err(error) => {
+            warn!(%error, %path, "the VMM stays in the shim's cgroup");
+            false
+        }
+    }
 }

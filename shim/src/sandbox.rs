@@ -26,7 +26,7 @@ use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use crate::{
     agent::Agent,
-    clock,
+    cgroup, clock,
     config::Config,
     context::ShimContext,
     error::{TaskError, chain},
@@ -459,6 +459,10 @@ impl Sandbox {
             info!(pod = sandbox.id, reason, "the VM has gone");
             sandbox.timeline.mark(Point::Reaped);
             sandbox.timeline.log_end(&sandbox.id);
+            // A write that the kernel answers at once.
+            if let Err(error) = cgroup::go_home() {
+                warn!(%error, "the shim stays in the pod's cgroup");
+            }
             sandbox.phase.advance(Phase::Gone {
                 reason: reason.into(),
             });

@@ -40,6 +40,7 @@ mod sandbox_api;
 mod settings;
 mod sharing;
 mod signals;
+mod storms;
 mod streams;
 mod survival;
 mod task;
@@ -110,6 +111,7 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("io", false, io::TESTS),
     ("terminal", false, terminal::TESTS),
     ("signals", false, signals::TESTS),
+    ("storms", false, storms::TESTS),
     ("exec", false, exec::TESTS),
     ("limits", false, limits::TESTS),
     ("isolation", false, isolation::TESTS),
