@@ -2,6 +2,14 @@
 //!
 //! The map is built once, before the guest runs, and only read afterwards: a lookup takes no lock, and
 //! each device has its own. What no device answers reads as all ones and swallows writes, as on a PC.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation
+    )
+)]
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,7 +36,8 @@ pub enum BusError {
 
 struct Slot {
     base: u64,
-    len: u64,
+    /// First address behind it.
+    end: u64,
     device: Arc<Mutex<dyn BusDevice>>,
 }
 
@@ -57,12 +66,12 @@ impl Bus {
         let fits_before = at
             .checked_sub(1)
             .and_then(|i| self.slots.get(i))
-            .is_none_or(|slot| slot.base + slot.len <= base);
+            .is_none_or(|slot| slot.end <= base);
         let fits_after = self.slots.get(at).is_none_or(|slot| end <= slot.base);
         if !(fits_before && fits_after) {
             return Err(bad);
         }
-        self.slots.insert(at, Slot { base, len, device });
+        self.slots.insert(at, Slot { base, end, device });
         Ok(())
     }
 
@@ -89,9 +98,9 @@ impl Bus {
         }
         let at = self.slots.partition_point(|slot| slot.base <= address);
         let slot = self.slots.get(at.checked_sub(1)?)?;
-        let offset = address - slot.base;
-        let end = offset.checked_add(len as u64)?;
-        (end <= slot.len).then_some((slot, offset))
+        let offset = address.checked_sub(slot.base)?;
+        let end = address.checked_add(len as u64)?;
+        (end <= slot.end).then_some((slot, offset))
     }
 }
 

@@ -3,6 +3,14 @@
 //!
 //! One socket, one thread a core, APIC ids counting from zero. Taken away: nested virtualisation and the
 //! performance counters, both of which are large surfaces towards the host and cost exits at boot.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation
+    )
+)]
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -83,7 +91,7 @@ fn adapt(mut e: kvm_cpuid_entry2, topology: Topology, intel: bool) -> kvm_cpuid_
             set(&mut e.ecx, CMP_LEGACY, cores);
         }
         // Id width and number of cores; Intel keeps this register reserved.
-        0x8000_0008 if !intel => e.ecx = topology.core_bits() << 12 | (vcpus - 1),
+        0x8000_0008 if !intel => e.ecx = topology.core_bits() << 12 | vcpus.saturating_sub(1),
         0x8000_001e => (e.eax, e.ebx, e.ecx, e.edx) = (apic_id, apic_id & 0xff, 0, 0),
         _ => {}
     }
@@ -100,7 +108,7 @@ fn set(register: &mut u32, bit: u32, on: bool) {
 
 /// L1 and L2 belong to a core, L3 to the socket.
 fn share_cache(e: &mut kvm_cpuid_entry2, topology: Topology) {
-    let ids = (1u32 << topology.core_bits()) - 1;
+    let ids = !(u32::MAX << topology.core_bits());
     let level = e.eax >> 5 & 0x7;
     let sharers = if level >= 3 { ids } else { 0 };
     e.eax = e.eax & 0x3fff | sharers << 14;

@@ -3,6 +3,14 @@
 //! A vCPU looks at the gate before each entry into the guest: an atomic load while all is well. To pause or stop, the
 //! control loop changes the word and then kicks every thread out of the guest; the kick is never lost, because
 //! it stays visible to the thread until it has looked again (see [`crate::vcpu`]).
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation
+    )
+)]
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -82,14 +90,14 @@ impl Gate {
         let mut next = Next::Run;
         if state.word == Word::Pause {
             next = Next::RunAfterPause;
-            state.held += 1;
+            state.held = state.held.saturating_add(1);
             // Told once: those who wake for nothing must not wake each other again.
             self.changed.notify_all();
             state = self
                 .changed
                 .wait_while(state, |state| state.word == Word::Pause)
                 .unwrap_or_else(PoisonError::into_inner);
-            state.held -= 1;
+            state.held = state.held.saturating_sub(1);
         }
         match state.word {
             Word::Stop => Next::Stop,
@@ -99,7 +107,9 @@ impl Gate {
 
     /// For a vCPU thread, when it ends.
     pub fn leave(&self) {
-        self.lock().alive -= 1;
+        let mut state = self.lock();
+        state.alive = state.alive.saturating_sub(1);
+        drop(state);
         self.changed.notify_all();
     }
 

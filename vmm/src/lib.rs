@@ -2,7 +2,8 @@
 //!
 //! `kvm` and `vcpu` run the guest, `memory` and `boot` prepare it (PVH entry, ACPI tables), `virtio` holds the
 //! transport and one module a device, `control` is the shim's channel, `jail` what the process gives up before the guest runs. A guest is hostile: whatever it supplies
-//! is bounded before it is used, and the types say whether a value has been checked.
+//! is bounded before it is used, and the types say whether a value has been checked. The modules that see it, or prepare what it sees,
+//! deny what might panic or lose bits unnoticed: an index, bare arithmetic, a cast to fewer bits. Tests count as they like.
 
 pub mod boot;
 pub mod bus;

@@ -2,6 +2,14 @@
     unsafe_code,
     reason = "asks the kernel which pages of a mapping that it owns are resident"
 )]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation
+    )
+)]
 //! Guest RAM: anonymous, private, never prefaulted.
 //!
 //! The host hands out a page when the guest first touches it (`MAP_NORESERVE`), so a VM costs what it uses.
@@ -73,8 +81,8 @@ pub enum MemoryError {
 pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
     let low = bytes.min(GAP_START);
     let mut ranges = vec![(0, low)];
-    if bytes > low {
-        ranges.push((HIGH_RAM_START, bytes - low));
+    if let Some(high) = bytes.checked_sub(low).filter(|high| *high > 0) {
+        ranges.push((HIGH_RAM_START, high));
     }
     ranges
 }
@@ -131,8 +139,8 @@ pub fn resident_bytes(memory: &GuestMemoryMmap) -> Result<u64, MemoryError> {
     for region in memory.iter() {
         let len = region.size();
         let mut done = 0usize;
-        while done < len {
-            let chunk = (len - done).min(CHUNK_PAGES * PAGE);
+        while let Some(left) = len.checked_sub(done).filter(|left| *left > 0) {
+            let chunk = left.min(CHUNK_PAGES * PAGE);
             answer.resize(chunk.div_ceil(PAGE), 0u8);
             // SAFETY: `done + chunk <= len`, so the range lies inside this region's mapping, which lives as long as
             // `region`; `answer` has a byte for each of its pages. mincore only writes to `answer`.
@@ -147,11 +155,13 @@ pub fn resident_bytes(memory: &GuestMemoryMmap) -> Result<u64, MemoryError> {
                 return Err(MemoryError::Residency(io::Error::last_os_error()));
             }
             // Only the lowest bit is defined.
-            pages += answer.iter().map(|page| u64::from(page & 1)).sum::<u64>();
-            done += chunk;
+            let resident = answer.iter().map(|page| u64::from(page & 1)).sum();
+            // Neither can be more than the region has.
+            pages = pages.saturating_add(resident);
+            done = done.saturating_add(chunk);
         }
     }
-    Ok(pages * PAGE as u64)
+    Ok(pages.saturating_mul(PAGE as u64))
 }
 
 #[cfg(test)]

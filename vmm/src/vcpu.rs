@@ -2,6 +2,14 @@
     unsafe_code,
     reason = "owns the kick: a signal handler that writes to the vCPU's kvm_run page"
 )]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation
+    )
+)]
 //! vCPU threads: one a vCPU, each in KVM_RUN until the guest touches a device or someone kicks it.
 //!
 //! The kick is a signal. Its handler sets `immediate_exit` in the thread's own `kvm_run` page, so it works whether it arrives in

@@ -59,9 +59,13 @@ impl Writer<'_> {
     /// Reserves room for `len` bytes at a 16-byte boundary.
     fn reserve(&mut self, len: u64) -> Result<u64, AcpiError> {
         let at = self.next;
-        let end = (at + len).next_multiple_of(16);
+        let end = at
+            .checked_add(len)
+            .and_then(|end| end.checked_next_multiple_of(16))
+            .unwrap_or(u64::MAX);
         if end > layout::VM_GENERATION_ID {
-            return Err(AcpiError::TooLong(end - layout::VM_GENERATION_ID));
+            let more = end.saturating_sub(layout::VM_GENERATION_ID);
+            return Err(AcpiError::TooLong(more));
         }
         self.next = end;
         Ok(at)
@@ -179,7 +183,7 @@ fn dsdt(virtio_devices: usize) -> Result<Sdt, AcpiError> {
     serial_port().append_to(&mut aml);
     generation_id_device().append_to(&mut aml);
     // 19 at most (`MAX_VIRTIO_DEVICES`), so addresses stay in the gap and names in two digits.
-    for index in 0..virtio_devices as u32 {
+    for index in (0u32..).take(virtio_devices) {
         virtio_device(index).append_to(&mut aml);
     }
     dsdt.append_slice(&aml);
@@ -202,10 +206,25 @@ impl DeviceAml {
     }
 }
 
+/// An address of the layout below 4 GiB, as the tables have it; for constants only.
+const fn low(address: u64) -> u32 {
+    assert!(address <= 0xffff_ffff, "an address above 4 GiB");
+    (address & 0xffff_ffff) as u32
+}
+
+const MMIO_START: u32 = low(layout::VIRTIO_MMIO_START);
+const MMIO_SIZE: u32 = low(layout::VIRTIO_MMIO_SIZE);
+const GENERATION_ID: u32 = low(layout::VM_GENERATION_ID);
+const SERIAL_PORTS: u8 = {
+    let [low, high] = layout::SERIAL_PORTS.to_le_bytes();
+    assert!(high == 0, "a range of ports has at most 255");
+    low
+};
+
 fn virtio_device(index: u32) -> DeviceAml {
     // Fits: 19 windows of 4 KiB from 0xd000_0000.
-    let base = layout::VIRTIO_MMIO_START as u32 + index * layout::VIRTIO_MMIO_SIZE as u32;
-    let interrupt = layout::VIRTIO_GSI_START + index;
+    let base = MMIO_START.saturating_add(index.saturating_mul(MMIO_SIZE));
+    let interrupt = layout::VIRTIO_GSI_START.saturating_add(index);
     DeviceAml::new(
         &format!("V{index:03}"),
         vec![
@@ -216,7 +235,7 @@ fn virtio_device(index: u32) -> DeviceAml {
             &aml::Name::new(
                 "_CRS".into(),
                 &aml::ResourceTemplate::new(vec![
-                    &aml::Memory32Fixed::new(true, base, layout::VIRTIO_MMIO_SIZE as u32),
+                    &aml::Memory32Fixed::new(true, base, MMIO_SIZE),
                     &aml::Interrupt::new(true, true, false, false, interrupt),
                 ]),
             ),
@@ -235,7 +254,7 @@ fn serial_port() -> DeviceAml {
                 "_CRS".into(),
                 &aml::ResourceTemplate::new(vec![
                     &aml::Interrupt::new(true, true, false, false, layout::SERIAL_GSI),
-                    &aml::IO::new(port, port, 0, layout::SERIAL_PORTS as u8),
+                    &aml::IO::new(port, port, 0, SERIAL_PORTS),
                 ]),
             ),
         ],
@@ -252,7 +271,7 @@ fn generation_id_device() -> DeviceAml {
             &aml::Name::new("_DDN".into(), &"VM_Gen_Counter"),
             &aml::Name::new(
                 "ADDR".into(),
-                &aml::Package::new(vec![&(layout::VM_GENERATION_ID as u32), &aml::ZERO]),
+                &aml::Package::new(vec![&GENERATION_ID, &aml::ZERO]),
             ),
         ],
     )

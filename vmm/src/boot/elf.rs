@@ -122,7 +122,7 @@ impl Kernel {
         if usize::from(entry_size) != PROGRAM_HEADER || count == 0 || count > MAX_SEGMENTS {
             return Err(KernelError::Damaged("implausible program header table"));
         }
-        let table_len = u64::from(count) * PROGRAM_HEADER as u64;
+        let table_len = u64::from(count).saturating_mul(PROGRAM_HEADER as u64);
         within(table, table_len, image_len, "its program header table")?;
         let table = read_at(image, table, table_len)?;
 
@@ -163,7 +163,11 @@ impl Kernel {
                 "the PVH entry point lies outside the kernel",
             ));
         }
-        let end = segments.iter().map(|s| s.address + s.memory_len).max();
+        // `checked` has seen that none wraps around.
+        let end = segments
+            .iter()
+            .map(|s| s.address.saturating_add(s.memory_len))
+            .max();
         Ok(Self {
             segments,
             entry,

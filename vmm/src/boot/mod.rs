@@ -2,6 +2,14 @@
 //!
 //! [`load`] puts kernel, initramfs, command line, ACPI tables and PVH start info into guest memory and says where to
 //! start. There is no firmware: the first instruction is the kernel's PVH entry point.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation
+    )
+)]
 
 pub mod acpi;
 pub mod cmdline;

@@ -37,7 +37,9 @@ fn memory_map(ram_bytes: u64) -> Vec<(u64, u64, u32)> {
     ];
     for (base, len) in memory::ranges(ram_bytes) {
         let start = base.max(layout::HIGH_MEMORY_START);
-        map.push((start, base + len - start, RAM));
+        // RAM reaches beyond 1 MiB, or no kernel would have been loaded.
+        let end = base.saturating_add(len);
+        map.push((start, end.saturating_sub(start), RAM));
     }
     map
 }
@@ -58,7 +60,7 @@ pub(super) fn write_start_info(
             reserved: 0,
         };
         memory.write_obj(entry, GuestAddress(at))?;
-        at += size_of::<hvm_memmap_table_entry>() as u64;
+        at = at.saturating_add(size_of::<hvm_memmap_table_entry>() as u64);
     }
     let (paddr, size) = initramfs;
     let module = hvm_modlist_entry {
@@ -76,7 +78,7 @@ pub(super) fn write_start_info(
         rsdp_paddr: rsdp,
         memmap_paddr: layout::MEMORY_MAP,
         // At most four: two pieces of RAM, conventional memory and the ACPI range.
-        memmap_entries: map.len() as u32,
+        memmap_entries: u32::try_from(map.len()).unwrap_or(0),
         ..Default::default()
     };
     memory.write_obj(info, GuestAddress(layout::START_INFO))

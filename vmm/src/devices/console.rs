@@ -167,15 +167,15 @@ impl Backlog {
             Some((start, kept)) if now.saturating_duration_since(start) < PERIOD => (start, kept),
             _ => (now, 0),
         };
-        let fits = kept + bytes.len() <= PERIOD_MAX
-            && self.bytes.len() + bytes.len() <= BACKLOG_MAX
-            && !self.closed;
+        let kept = kept.saturating_add(bytes.len());
+        let waiting = self.bytes.len().saturating_add(bytes.len());
+        let fits = kept <= PERIOD_MAX && waiting <= BACKLOG_MAX && !self.closed;
         if fits {
-            self.period = Some((start, kept + bytes.len()));
+            self.period = Some((start, kept));
             self.say_lost();
             self.bytes.extend(bytes);
         } else {
-            self.lost += bytes.len() as u64;
+            self.lost = self.lost.saturating_add(bytes.len() as u64);
         }
         fits
     }
@@ -229,12 +229,12 @@ impl Forward {
     }
 
     fn drain(&self, limit: Duration) {
-        let deadline = Instant::now() + limit;
+        let start = Instant::now();
         let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
         backlog.say_lost();
         self.changed.notify_all();
         while !backlog.closed && (backlog.writing || !backlog.bytes.is_empty()) {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = limit.saturating_sub(start.elapsed());
             if left.is_zero() {
                 return;
             }

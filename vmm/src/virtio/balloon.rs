@@ -223,6 +223,7 @@ fn inflate(memory: &GuestMemoryMmap, chain: &Chain<'_>) {
             discard_pages(memory, first, count);
         }
     };
+    // Numbers have 32 bits and there are `MAX_PFN_BYTES` of them, so that none of these sums comes near its end.
     let mut number = [0; 4];
     for offset in (0..chain.readable.len()).step_by(number.len()) {
         // A number cut short at the end is none.
@@ -231,9 +232,13 @@ fn inflate(memory: &GuestMemoryMmap, chain: &Chain<'_>) {
         }
         let page = u64::from(u32::from_le_bytes(number));
         run = match run {
-            Some((first, count)) if page == first + count => Some((first, count + 1)),
+            Some((first, count)) if page == first.saturating_add(count) => {
+                Some((first, count.saturating_add(1)))
+            }
             // Linux hands out the highest page first.
-            Some((first, count)) if page + 1 == first => Some((page, count + 1)),
+            Some((first, count)) if page.saturating_add(1) == first => {
+                Some((page, count.saturating_add(1)))
+            }
             other => {
                 drop_run(other);
                 Some((page, 1))

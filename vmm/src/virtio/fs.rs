@@ -120,7 +120,8 @@ impl Fs {
 
 /// The fds that the guest's files in one of so many `shares` may take of a process that may open `limit`.
 fn fd_limit(limit: u64, shares: u64) -> u64 {
-    limit.saturating_sub(RESERVED_FDS).max(limit / 2) / shares.max(1)
+    let all = limit.saturating_sub(RESERVED_FDS).max(limit / 2);
+    all.checked_div(shares).unwrap_or(all)
 }
 
 impl VirtioDevice for Fs {

@@ -487,7 +487,7 @@ fn access(offset: u64, len: usize) -> Option<Access> {
 /// The 32 bits of `features` that a selector register shows.
 fn page(features: u64, selector: u32) -> u32 {
     match selector {
-        0 => features as u32,
+        0 => (features & 0xffff_ffff) as u32,
         1 => (features >> 32) as u32,
         _ => 0,
     }

@@ -4,6 +4,14 @@
 //! guest's configuration dialogue, checks every queue the guest describes, and hands the device an [`Activation`]
 //! once: the checked queues, the memory and the interrupt. From then on the device works on its own thread until
 //! [`VirtioDevice::reset`] or the end of the VM.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation
+    )
+)]
 
 pub mod balloon;
 pub mod fs;
@@ -133,6 +141,19 @@ fn may_log_about_guest() -> bool {
             left.checked_sub(1)
         })
         .is_ok()
+}
+
+/// A constant of the kernel's headers, which bindgen makes 32 bits wide, as a field of 8 bits has it. For constants only: one that does
+/// not fit is an error of the compiler's.
+const fn byte(constant: u32) -> u8 {
+    assert!(constant <= 0xff, "the constant has more than 8 bits");
+    (constant & 0xff) as u8
+}
+
+/// The same for a field of 16 bits.
+const fn half(constant: u32) -> u16 {
+    assert!(constant <= 0xffff, "the constant has more than 16 bits");
+    (constant & 0xffff) as u16
 }
 
 /// Reads from `config`, a device's configuration space, as [`VirtioDevice::read_config`] does.

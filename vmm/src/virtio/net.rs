@@ -50,7 +50,8 @@ const DEVICE_ID: u32 = 1;
 const QUEUE_SIZE: u16 = 256;
 
 /// Bytes of the header in front of each packet (5.1.6): `struct virtio_net_hdr_v1`.
-const HEADER_LEN: usize = 12;
+const HEADER_LEN: usize = HEADER_BYTES as usize;
+const HEADER_BYTES: u8 = 12;
 
 /// Bytes of the largest packet: the header, an Ethernet header with a VLAN tag, and what one IP packet left whole
 /// may have (`GSO_MAX_SIZE` of Linux).
@@ -77,6 +78,16 @@ pub struct NicHandle {
     pairs: u16,
 }
 
+/// Index of a pair's receive queue (5.1.2). A device has a few pairs ([`husk_protocol::vm::MAX_QUEUE_PAIRS`]).
+fn rx_index(pair: u16) -> u16 {
+    pair.saturating_mul(2)
+}
+
+/// Index of a pair's transmit queue.
+fn tx_index(pair: u16) -> u16 {
+    rx_index(pair).saturating_add(1)
+}
+
 impl Net {
     /// A device with this address and so many `pairs` of queues (at least one), and the handle that connects it.
     pub fn new(mac: [u8; 6], pairs: u16) -> (Self, NicHandle) {
@@ -90,7 +101,7 @@ impl Net {
             pairs,
             features: features::offered(pairs),
             // A receive and a transmit queue each, and the control queue.
-            queue_sizes: vec![QUEUE_SIZE; 2 * usize::from(pairs) + 1],
+            queue_sizes: vec![QUEUE_SIZE; usize::from(tx_index(pairs))],
             mac,
             link,
             worker: None,
@@ -118,7 +129,7 @@ impl Net {
         };
         let interrupt = || Arc::clone(&activation.interrupt);
         // 5.1.2: behind the queues of those pairs that the driver knows of.
-        let index = 2 * most;
+        let index = rx_index(most);
         let mut ctrl = features::has(features, features::CTRL_VQ)
             .then(|| take(index))
             .transpose()?
@@ -128,7 +139,7 @@ impl Net {
             });
         let (mut pairs, mut wakes) = (Vec::new(), Vec::new());
         for pair in 0..most {
-            let (rx, tx) = match (take(2 * pair), take(2 * pair + 1)) {
+            let (rx, tx) = match (take(rx_index(pair)), take(tx_index(pair))) {
                 (Ok(rx), Ok(tx)) => (rx, tx),
                 (Err(error), _) | (_, Err(error)) if pair == 0 => return Err(error),
                 // A driver need not use all that there are.
@@ -143,8 +154,8 @@ impl Net {
                 activation.memory.clone(),
                 Arc::clone(&self.link),
                 wake.0,
-                Rx::new(rx, 2 * pair, interrupt(), features),
-                Tx::new(tx, 2 * pair + 1, interrupt()),
+                Rx::new(rx, rx_index(pair), interrupt(), features),
+                Tx::new(tx, tx_index(pair), interrupt()),
                 ctrl.take(),
             ));
         }

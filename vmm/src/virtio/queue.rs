@@ -6,6 +6,7 @@
 //! device stops and asks for a reset. After that no descriptor is read again: a guest that rewrites
 //! its table while the device works changes nothing.
 
+mod layout;
 mod lend;
 
 use std::sync::Arc;
@@ -19,7 +20,8 @@ use virtio_queue::{Error as RingError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use self::lend::areas;
+pub use self::layout::areas;
+use self::layout::{DESCRIPTOR_SIZE, USED_INDEX, is_among_last, used_entry, used_event};
 use super::{ActiveQueue, Interrupt};
 
 /// What every queue here can do; the transport offers it for each device.
@@ -27,9 +29,6 @@ pub const RING_FEATURES: u64 = (1 << VIRTIO_RING_F_EVENT_IDX) | (1 << VIRTIO_RIN
 
 /// Most descriptors of one chain. Linux's `IOV_MAX`, so that every chain fits one `readv`; drivers stay far below.
 pub const MAX_DESCRIPTORS: usize = 1024;
-
-/// Size of a descriptor in guest memory (virtio 1.2, 2.7.5).
-const DESCRIPTOR_SIZE: u32 = 16;
 
 /// What a driver may not do with its queue. The device that meets one stops until it is reset.
 #[derive(Debug, thiserror::Error)]
@@ -211,8 +210,7 @@ impl DeviceQueue {
             if *head >= size {
                 return Err(self.ring(RingError::InvalidDescriptorIndex));
             }
-            // virtio 1.2, 2.7.8: flags and index, two bytes each, then eight bytes an entry.
-            let at = self.at(self.queue.used_ring(), 4 + 8 * u64::from(next % size))?;
+            let at = self.at(self.queue.used_ring(), used_entry(next, size))?;
             memory
                 .write_obj([u32::from(*head).to_le(), len.to_le()], at)
                 .map_err(|source| self.ring(RingError::GuestMemory(source)))?;
@@ -220,7 +218,7 @@ impl DeviceQueue {
             self.unannounced = self.unannounced.saturating_add(1);
         }
         // Whoever sees the index sees the entries.
-        let index = self.at(self.queue.used_ring(), 2)?;
+        let index = self.at(self.queue.used_ring(), USED_INDEX)?;
         memory
             .store(next.to_le(), index, Ordering::Release)
             .map_err(|source| self.ring(RingError::GuestMemory(source)))?;
@@ -247,13 +245,12 @@ impl DeviceQueue {
         }
         // The driver writes its wish and then looks at the used index; here it is the other way round.
         fence(Ordering::SeqCst);
-        // virtio 1.2, 2.7.6: flags and index, two bytes an entry, then `used_event`.
-        let offset = 4 + 2 * u64::from(self.queue.size());
+        let wish = self.at(self.queue.avail_ring(), used_event(self.queue.size()))?;
         let wish: u16 = memory
-            .load(self.at(self.queue.avail_ring(), offset)?, Ordering::Relaxed)
+            .load(wish, Ordering::Relaxed)
             .map_err(|source| self.ring(RingError::GuestMemory(source)))?;
         let next = self.queue.next_used();
-        Ok(next.wrapping_sub(u16::from_le(wish)).wrapping_sub(1) < count)
+        Ok(is_among_last(u16::from_le(wish), next, count))
     }
 
     fn at(&self, ring: u64, offset: u64) -> Result<GuestAddress, QueueError> {
@@ -306,7 +303,7 @@ impl Table {
         if u32::from(index) >= self.len {
             return Err(ChainError::Index(index));
         }
-        let offset = u64::from(index) * u64::from(DESCRIPTOR_SIZE);
+        let offset = u64::from(index).saturating_mul(DESCRIPTOR_SIZE.into());
         self.addr
             .checked_add(offset)
             .and_then(|addr| memory.read_obj(addr).ok())
@@ -368,7 +365,8 @@ impl<'m> Chain<'m> {
             } else {
                 return Err(ChainError::Order);
             }
-            if chain.readable.segments.len() + chain.writable.segments.len() > MAX_DESCRIPTORS {
+            let segments = chain.readable.segments.len();
+            if segments.saturating_add(chain.writable.segments.len()) > MAX_DESCRIPTORS {
                 return Err(ChainError::TooLong);
             }
             if !descriptor.has_next() {
@@ -447,9 +445,9 @@ impl<'m> Buffers<'m> {
         self.segments.iter().filter_map(move |segment| {
             let here = segment.slice.len();
             let start = skip.min(here);
-            skip -= start;
+            skip = skip.saturating_sub(start);
             let at = segment.addr.checked_add(start as u64)?;
-            (start < here).then_some((at, here - start))
+            (start < here).then_some((at, here.saturating_sub(start)))
         })
     }
 
@@ -459,9 +457,9 @@ impl<'m> Buffers<'m> {
         self.segments.iter().filter_map(move |segment| {
             let here = segment.slice.len();
             let start = skip.min(here);
-            skip -= start;
-            let take = left.min(here - start);
-            left -= take;
+            skip = skip.saturating_sub(start);
+            let take = left.min(here.saturating_sub(start));
+            left = left.saturating_sub(take);
             (take > 0)
                 .then(|| segment.slice.subslice(start, take).ok())
                 .flatten()

@@ -97,7 +97,8 @@ fn fill(chain: &Chain<'_>) -> io::Result<u32> {
     let mut written = 0;
     while written < bytes.len() {
         let rest = bytes.get_mut(written..).unwrap_or_default();
-        written += rustix::rand::getrandom(rest, GetRandomFlags::empty())?;
+        let count = rustix::rand::getrandom(rest, GetRandomFlags::empty())?;
+        written = written.saturating_add(count);
     }
     // Cannot be short: no more than the chain's length was asked for.
     chain

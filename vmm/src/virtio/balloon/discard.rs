@@ -17,16 +17,20 @@ pub fn discard(memory: &GuestMemoryMmap, start: GuestAddress, len: u64) {
     let Some(end) = start.checked_add(len) else {
         return;
     };
-    let (mut at, end) = (start.0.next_multiple_of(PAGE), end.0 & !(PAGE - 1));
-    while at < end {
+    let end = end.0 & !(PAGE - 1);
+    let Some(mut at) = start.0.checked_next_multiple_of(PAGE) else {
+        return;
+    };
+    while let Some(left) = end.checked_sub(at).filter(|left| *left > 0) {
         let Some((region, offset)) = memory.to_region_addr(GuestAddress(at)) else {
             return;
         };
-        let here = (region.len() - offset.0).min(end - at);
+        // At least a byte: the offset lies within the region.
+        let here = region.len().saturating_sub(offset.0).min(left);
         if let Err(error) = discard_in_region(region, offset, here) {
             tracing::debug!(at, here, %error, "pages not given back");
         }
-        at += here;
+        at = at.saturating_add(here);
     }
 }
 

@@ -19,6 +19,7 @@ use vm_memory::{
     MmapRegion,
 };
 
+use crate::virtio::half;
 use crate::virtio::queue::{Chain, MAX_DESCRIPTORS};
 
 /// Guest memory as virtiofsd's types want it.
@@ -31,10 +32,14 @@ pub const BUFFER_LEN: usize = 16 * 1024;
 const BUFFER: GuestAddress = GuestAddress(1 << 62);
 
 /// One more descriptor than a chain may have, for the private buffer; a power of two.
-const TABLE_LEN: u16 = 2 * MAX_DESCRIPTORS as u16;
+const TABLE_LEN: u16 = 2048;
+const _: () = assert!(TABLE_LEN as usize > MAX_DESCRIPTORS);
 /// The private queue: the table at 0, then an available ring of one entry.
 const AVAIL: GuestAddress = GuestAddress(TABLE_LEN as u64 * 16);
-const QUEUE_LEN: usize = AVAIL.0 as usize + 4096;
+const QUEUE_LEN: usize = TABLE_LEN as usize * 16 + 4096;
+
+const NEXT: u16 = half(VRING_DESC_F_NEXT);
+const WRITE: u16 = half(VRING_DESC_F_WRITE);
 
 /// A thread's view of the guest, and where it prepares the request that it is working on.
 pub struct Scratch {
@@ -53,7 +58,7 @@ impl Scratch {
     pub fn new(memory: &GuestMemoryMmap) -> io::Result<Self> {
         let owner = memory.clone();
         let wraps = || io::Error::other("a memory region wraps around");
-        let mut regions = Vec::with_capacity(owner.num_regions() + 1);
+        let mut regions = Vec::with_capacity(owner.num_regions().saturating_add(1));
         for region in owner.iter() {
             let (prot, flags) = (region.prot(), region.flags());
             // SAFETY: the mapping is valid for exactly this size and lives as long as `owner`, which is stored beside
@@ -98,13 +103,12 @@ impl Scratch {
         self.view
             .write_slice(copied, BUFFER)
             .map_err(io::Error::other)?;
-        let write = VRING_DESC_F_WRITE as u16;
         let first = (BUFFER, copied.len(), 0);
         let readable = chain
             .readable
             .runs(copied.len())
             .map(|(at, len)| (at, len, 0));
-        let writable = chain.writable.runs(0).map(|(at, len)| (at, len, write));
+        let writable = chain.writable.runs(0).map(|(at, len)| (at, len, WRITE));
         let mut runs = std::iter::once(first)
             .chain(readable)
             .chain(writable)
@@ -112,11 +116,13 @@ impl Scratch {
             .peekable();
         while let Some(((at, len, write), index)) = runs.next() {
             let next = match runs.peek() {
-                Some(_) => VRING_DESC_F_NEXT as u16,
+                Some(_) => NEXT,
                 None => 0,
             };
             let len = u32::try_from(len).map_err(io::Error::other)?;
-            let descriptor = Descriptor::new(at.0, len, write | next, index + 1);
+            // Within the table, or writing it fails.
+            let following = index.saturating_add(1);
+            let descriptor = Descriptor::new(at.0, len, write | next, following);
             self.table
                 .write_obj(
                     RawDescriptor::from(descriptor),

@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::memory::{BUFFER_LEN, Scratch};
-use super::request::{self, FIXED_LEN, HEADER_LEN, REPLY_LEN};
+use super::request::{self, FIXED_LEN, HEADER_LEN, REPLY_BYTES, REPLY_LEN};
 use crate::virtio::queue::{Chain, DeviceQueue, Short};
 use crate::virtio::worker::{Fault, Handler, Poll, drain};
 use crate::virtio::{ActivateError, Activation, may_log_about_guest};
@@ -83,7 +83,7 @@ impl Shared {
         if let Err(errno) = request::check(request) {
             let reply = request::refusal(request, errno);
             chain.writable.write_at(0, &reply)?;
-            return Ok(reply.len() as u32);
+            return Ok(REPLY_BYTES);
         }
         let (view, prepared) = scratch.prepare(chain, request)?;
         let reader = Reader::new(view, prepared.clone())?;

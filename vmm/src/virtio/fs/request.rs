@@ -8,7 +8,9 @@
 pub const HEADER_LEN: usize = 40;
 
 /// Size of a reply without a body: `struct fuse_out_header`.
-pub const REPLY_LEN: usize = 16;
+pub const REPLY_LEN: usize = REPLY_BYTES as usize;
+/// The same, as replies and used rings have it.
+pub const REPLY_BYTES: u32 = 16;
 
 /// How much of a request without names is copied out of the guest's reach: the header and the longest fixed part
 /// that is checked here (`fuse_write_in`). What a write carries stays where it is.
@@ -71,7 +73,10 @@ pub fn has_reply(request: &[u8]) -> bool {
 pub fn check(request: &[u8]) -> Result<(), i32> {
     let op = word(request, 4).ok_or(libc::EINVAL)?;
     if let Some(Names { fixed, count }) = names(op) {
-        let mut rest = request.get(HEADER_LEN + fixed..).ok_or(libc::EINVAL)?;
+        let mut rest = request
+            .get(HEADER_LEN..)
+            .and_then(|body| body.get(fixed..))
+            .ok_or(libc::EINVAL)?;
         for _ in 0..count {
             let end = rest.iter().position(|b| *b == 0).ok_or(libc::EINVAL)?;
             let (name, after) = rest.split_at(end);
@@ -96,8 +101,8 @@ pub fn refusal(request: &[u8], errno: i32) -> [u8; REPLY_LEN] {
     let mut reply = [0; REPLY_LEN];
     let unique = double_word(request, 8).unwrap_or(0);
     let fields: [&[u8]; 3] = [
-        &(REPLY_LEN as u32).to_le_bytes(),
-        &(-errno).to_le_bytes(),
+        &REPLY_BYTES.to_le_bytes(),
+        &errno.saturating_neg().to_le_bytes(),
         &unique.to_le_bytes(),
     ];
     for (to, from) in reply.iter_mut().zip(fields.into_iter().flatten()) {

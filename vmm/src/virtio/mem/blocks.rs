@@ -32,6 +32,11 @@ pub enum State {
     Mixed = 2,
 }
 
+/// Bytes of so many blocks of a region, all of which has fewer than 2^64.
+fn bytes(blocks: u64) -> u64 {
+    blocks.saturating_mul(BLOCK)
+}
+
 /// The blocks of one region.
 #[derive(Debug)]
 pub struct Blocks {
@@ -61,17 +66,17 @@ impl Blocks {
 
     /// Bytes of all of them.
     pub fn bytes(&self) -> u64 {
-        self.plugged.len() as u64 * BLOCK
+        bytes(self.plugged.len() as u64)
     }
 
     /// Bytes that are plugged.
     pub fn plugged(&self) -> u64 {
-        self.count * BLOCK
+        bytes(self.count)
     }
 
     /// Bytes that the host wants plugged.
     pub fn requested(&self) -> u64 {
-        self.requested * BLOCK
+        bytes(self.requested)
     }
 
     /// Asks for `bytes` to be plugged, rounded up to whole blocks; at most the region.
@@ -89,7 +94,7 @@ impl Blocks {
         let Some(range) = self.range(addr, count) else {
             return Response::Error;
         };
-        if self.count + u64::from(count) > self.requested {
+        if self.count.saturating_add(count.into()) > self.requested {
             return Response::Nack;
         }
         self.change(range, State::Unplugged, open)
@@ -142,17 +147,17 @@ impl Blocks {
         if self.state_of(&range) != from {
             return Response::Error;
         }
-        let bytes = range.start as u64 * BLOCK..range.end as u64 * BLOCK;
+        let bytes = bytes(range.start as u64)..bytes(range.end as u64);
         if act(bytes).is_err() {
             return Response::Busy;
         }
         let plugs = from == State::Unplugged;
         let count = range.len() as u64;
         self.count = if plugs {
-            self.count + count
+            self.count.saturating_add(count)
         } else {
             // They were plugged, and so counted.
-            self.count - count
+            self.count.saturating_sub(count)
         };
         if let Some(blocks) = self.plugged.get_mut(range) {
             blocks.fill(plugs);

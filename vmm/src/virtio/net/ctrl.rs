@@ -8,7 +8,7 @@ use vm_memory::GuestMemoryMmap;
 use super::features::{self, CTRL_MAC_ADDR, CTRL_RX, MQ};
 use super::link::Link;
 use crate::virtio::queue::{Chain, DeviceQueue, QueueError};
-use crate::virtio::{ActiveQueue, Interrupt};
+use crate::virtio::{ActiveQueue, Interrupt, byte};
 
 /// Longest command in bytes: a table of addresses, of which a driver has a few dozen.
 const MAX_COMMAND: usize = 4096;
@@ -16,17 +16,17 @@ const MAX_COMMAND: usize = 4096;
 /// Commands that are answered before others have their turn.
 const TURN: usize = 16;
 
-const RX: u8 = VIRTIO_NET_CTRL_RX as u8;
-const RX_PROMISC: u8 = VIRTIO_NET_CTRL_RX_PROMISC as u8;
-const RX_ALLMULTI: u8 = VIRTIO_NET_CTRL_RX_ALLMULTI as u8;
-const MAC: u8 = VIRTIO_NET_CTRL_MAC as u8;
-const MAC_TABLE_SET: u8 = VIRTIO_NET_CTRL_MAC_TABLE_SET as u8;
-const MAC_ADDR_SET: u8 = VIRTIO_NET_CTRL_MAC_ADDR_SET as u8;
-const MQ_CLASS: u8 = VIRTIO_NET_CTRL_MQ as u8;
-const MQ_PAIRS_SET: u8 = VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET as u8;
+const RX: u8 = byte(VIRTIO_NET_CTRL_RX);
+const RX_PROMISC: u8 = byte(VIRTIO_NET_CTRL_RX_PROMISC);
+const RX_ALLMULTI: u8 = byte(VIRTIO_NET_CTRL_RX_ALLMULTI);
+const MAC: u8 = byte(VIRTIO_NET_CTRL_MAC);
+const MAC_TABLE_SET: u8 = byte(VIRTIO_NET_CTRL_MAC_TABLE_SET);
+const MAC_ADDR_SET: u8 = byte(VIRTIO_NET_CTRL_MAC_ADDR_SET);
+const MQ_CLASS: u8 = byte(VIRTIO_NET_CTRL_MQ);
+const MQ_PAIRS_SET: u8 = byte(VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
 
-const OK: u8 = VIRTIO_NET_OK as u8;
-const ERR: u8 = VIRTIO_NET_ERR as u8;
+const OK: u8 = byte(VIRTIO_NET_OK);
+const ERR: u8 = byte(VIRTIO_NET_ERR);
 
 /// A command that the device knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,6 +5,8 @@ use std::os::raw::c_uint;
 use libc::{TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6};
 use virtio_bindings::bindings::virtio_net::*;
 
+use crate::virtio::half;
+
 pub const MRG_RXBUF: u32 = VIRTIO_NET_F_MRG_RXBUF;
 pub const CTRL_VQ: u32 = VIRTIO_NET_F_CTRL_VQ;
 pub const CTRL_RX: u32 = VIRTIO_NET_F_CTRL_RX;
@@ -45,7 +47,8 @@ pub fn has(features: u64, bit: u32) -> bool {
 
 /// The `status` field of configuration space.
 pub fn status(up: bool) -> u16 {
-    if up { VIRTIO_NET_S_LINK_UP as u16 } else { 0 }
+    const UP: u16 = half(VIRTIO_NET_S_LINK_UP);
+    if up { UP } else { 0 }
 }
 
 /// What the tap may leave to a guest that has accepted `features` (`TUNSETOFFLOAD` of `linux/if_tun.h`). A feature without the one

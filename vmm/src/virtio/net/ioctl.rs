@@ -126,7 +126,7 @@ fn request(name: &str, flags: c_int) -> io::Result<ifreq> {
         *to = from as libc::c_char;
     }
     // The flags are 16 bits wide there.
-    request.ifr_ifru.ifru_flags = flags as c_short;
+    request.ifr_ifru.ifru_flags = c_short::try_from(flags).map_err(io::Error::other)?;
     Ok(request)
 }
 

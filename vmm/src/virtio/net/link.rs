@@ -196,7 +196,7 @@ impl Link {
         state.mac = mac;
         drop(state);
         let (received, sent) = (self.received_dropped.count(), self.sent_dropped.count());
-        if received + sent > 0 {
+        if received > 0 || sent > 0 {
             tracing::debug!(received, sent, "network packets dropped so far");
         }
     }

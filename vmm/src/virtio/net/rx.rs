@@ -55,8 +55,9 @@ impl<'m> Offered<'m> {
     }
 
     fn push(&mut self, chain: Chain<'m>) {
-        self.bytes += chain.writable.len();
-        self.slices += chain.writable.segments().len();
+        // No more comes once there is enough for a packet, so that both stay far below their ends.
+        self.bytes = self.bytes.saturating_add(chain.writable.len());
+        self.slices = self.slices.saturating_add(chain.writable.segments().len());
         self.chains.push_back(chain);
     }
 
@@ -68,9 +69,9 @@ impl<'m> Offered<'m> {
             && let Some(chain) = self.chains.pop_front()
         {
             let here = rest.min(chain.writable.len());
-            rest -= here;
-            self.bytes -= chain.writable.len();
-            self.slices -= chain.writable.segments().len();
+            rest = rest.saturating_sub(here);
+            self.bytes = self.bytes.saturating_sub(chain.writable.len());
+            self.slices = self.slices.saturating_sub(chain.writable.segments().len());
             filled.push((chain, here));
         }
         filled

@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vm_memory::VolatileSlice;
 
 use super::ioctl::{self, Interface};
-use super::{HEADER_LEN, io as packets};
+use super::{HEADER_BYTES, io as packets};
 
 /// Why descriptors are not the queues of a tap.
 #[derive(Debug, thiserror::Error)]
@@ -149,7 +149,7 @@ impl Taps {
         }
         // These belong to the interface, whichever queue they are set through.
         taps.each_setting("the header's length", |tap| {
-            ioctl::set_header_len(tap.fd.as_fd(), HEADER_LEN as c_int)
+            ioctl::set_header_len(tap.fd.as_fd(), c_int::from(HEADER_BYTES))
         })?;
         taps.each_setting("the header's byte order", |tap| {
             ioctl::set_header_little_endian(tap.fd.as_fd())
@@ -175,12 +175,17 @@ impl Taps {
         let count = count.clamp(1, self.queues.len().max(1));
         while self.in_use != count {
             let more = self.in_use < count;
-            let index = if more { self.in_use } else { self.in_use - 1 };
+            // One more is no more than all of them, one less no less than one.
+            let index = if more {
+                self.in_use
+            } else {
+                self.in_use.saturating_sub(1)
+            };
             if let Some(tap) = self.queues.get(index) {
                 let set = ioctl::set_queue_in_use(tap.fd.as_fd(), more);
                 self.set("the queues in use", set)?;
             }
-            self.in_use = if more { index + 1 } else { index };
+            self.in_use = if more { index.saturating_add(1) } else { index };
         }
         Ok(())
     }

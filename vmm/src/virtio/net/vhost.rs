@@ -191,7 +191,7 @@ impl Vhost {
                 .get_vring_base(index)
                 .map_err(step("ask vhost-net where a queue stands"))?;
             // An index of a split ring: its 16 bits.
-            *next = base as u16;
+            *next = (base & 0xffff) as u16;
         }
         Ok(next)
     }
@@ -199,7 +199,7 @@ impl Vhost {
     fn set_backend(&self, index: usize, fd: RawFd) -> Result<(), VhostError> {
         let file = vhost_vring_file {
             // 0 or 1.
-            index: index as u32,
+            index: u32::try_from(index).unwrap_or(u32::MAX),
             fd,
         };
         // SAFETY: the request reads such a structure, and the kernel takes a reference of its own to the file whose descriptor is in it.

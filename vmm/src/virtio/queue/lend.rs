@@ -9,19 +9,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{DeviceQueue, QueueError};
 
-/// Where the parts of a queue of `size` descriptors lie, whose descriptor table, available ring and used ring begin at `starts`: start
-/// and length in bytes of each.
-pub fn areas(size: u16, starts: [u64; 3]) -> [(u64, usize); 3] {
-    let size = usize::from(size);
-    let [desc, avail, used] = starts;
-    // virtio 1.2, 2.7: 16 bytes a descriptor; flags, index and an event word around 2 or 8 bytes an entry.
-    [
-        (desc, 16 * size),
-        (avail, 6 + 2 * size),
-        (used, 6 + 8 * size),
-    ]
-}
-
 impl DeviceQueue {
     /// Where its rings are, and which chain is the next.
     pub fn state(&self) -> &Queue {

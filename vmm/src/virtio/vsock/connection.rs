@@ -360,7 +360,7 @@ impl Connection {
                 self.credit.send(u32::try_from(count).unwrap_or(u32::MAX));
                 self.outbox.credit = false;
                 if count >= wanted {
-                    self.burst = (self.burst * 2).min(MAX_BURST);
+                    self.burst = self.burst.saturating_mul(2).min(MAX_BURST);
                 } else {
                     // A short read has emptied the socket (epoll(7)); only its end may be left to read.
                     self.burst = 1;
@@ -435,7 +435,7 @@ fn advance(slices: &mut Vec<VolatileSlice<'_>>, mut count: usize) {
         .take_while(|slice| {
             let fits = slice.len() <= count;
             if fits {
-                count -= slice.len();
+                count = count.saturating_sub(slice.len());
             }
             fits
         })

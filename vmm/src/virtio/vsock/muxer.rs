@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::bridge::{Bridge, Incoming};
 use super::connection::{Connection, Key, Outcome};
-use super::packet::{HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
+use super::packet::{HEADER_BYTES, HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::state::{Event, State};
 use crate::virtio::queue::{Chain, DeviceQueue};
 use crate::virtio::worker::{Fault, Handler, Poll, drain};
@@ -112,19 +112,19 @@ impl Muxer {
     // --- from the guest ---
 
     fn transmit(&mut self, memory: &GuestMemoryMmap, poll: &Poll) -> Result<Transmit, Fault> {
-        let mut turn = 0;
+        let mut turn = 0..TRANSMIT_TURN;
         let result = loop {
             if self.resets.len() >= MAX_RESETS {
                 break Transmit::Owing;
             }
-            if turn >= TRANSMIT_TURN {
+            if turn.is_empty() {
                 break Transmit::Turn;
             }
             match self.tx.pop(memory)? {
                 Some(chain) => {
                     self.packet(&chain, poll)?;
                     self.tx.push_used(memory, chain.head, 0)?;
-                    turn += 1;
+                    turn.next();
                 }
                 None if self.tx.rearm(memory)? => {}
                 None => break Transmit::Done,
@@ -149,7 +149,8 @@ impl Muxer {
             guest: header.src_port,
         };
         let id = self.names.get(&key).copied();
-        let complete = chain.readable.len() - HEADER_LEN >= header.len as usize;
+        let payload = chain.readable.len().saturating_sub(HEADER_LEN);
+        let complete = payload >= header.len as usize;
         let sound = header.kind == TYPE_STREAM && complete && header.len <= MAX_PAYLOAD;
         match (header.op, id) {
             (Op::Reset, None) => {}
@@ -314,25 +315,25 @@ impl Muxer {
             for (chain, capacity) in &chains {
                 let here = budget.min(*capacity);
                 slices.extend(chain.writable.slices(HEADER_LEN, here));
-                budget -= here;
+                budget = budget.saturating_sub(here);
             }
             let before = connection.interest();
             let (count, outcome) = connection.read(&slices);
             let mut rest = count;
-            let mut unused = 0;
+            let mut unused = 0u16;
             for (chain, capacity) in &chains {
                 let here = rest.min(*capacity);
-                rest -= here;
+                rest = rest.saturating_sub(here);
                 match u32::try_from(here) {
                     Ok(len) if len > 0 => {
                         let header = connection.header(self.guest_cid, Op::Data, 0, len);
                         put(&mut self.rx, memory, chain, &header)?;
                     }
-                    _ => unused += 1,
+                    _ => unused = unused.saturating_add(1),
                 }
             }
             self.rx.unpop(unused);
-            left -= count.min(left);
+            left = left.saturating_sub(count);
             if count == 0 {
                 self.after(id, outcome, before, poll);
                 break;
@@ -346,7 +347,8 @@ impl Muxer {
     fn insert(&mut self, connection: Connection, poll: &Poll) -> io::Result<()> {
         let id = self.next_id;
         poll.add(connection.fd(), connection.interest(), id)?;
-        self.next_id += 1;
+        // There is no end to 64 bits.
+        self.next_id = self.next_id.wrapping_add(1);
         self.names.insert(connection.key(), id);
         self.connections.insert(id, connection);
         self.requeue(id);
@@ -421,7 +423,7 @@ fn take_chains<'m>(
             Some(capacity) if capacity > 0 => capacity,
             _ => return Err(rx.layout(chain.head, "room for a packet").into()),
         };
-        total += capacity;
+        total = capacity.saturating_add(total);
         chains.push((chain, capacity));
     }
     Ok(chains)
@@ -438,7 +440,8 @@ fn put(
         return Err(rx.layout(chain.head, "room for a packet's header").into());
     }
     // A header and at most 64 KiB.
-    rx.push_used(memory, chain.head, HEADER_LEN as u32 + header.len)?;
+    let len = HEADER_BYTES.saturating_add(header.len);
+    rx.push_used(memory, chain.head, len)?;
     Ok(())
 }
 

@@ -1,7 +1,9 @@
 //! The header in front of every vsock packet (virtio 1.2, 5.10.6).
 
 /// Size of a header, in bytes.
-pub const HEADER_LEN: usize = 44;
+pub const HEADER_LEN: usize = HEADER_BYTES as usize;
+/// The same, as used rings have it.
+pub const HEADER_BYTES: u32 = 44;
 
 /// The host's CID.
 pub const HOST_CID: u64 = 2;
