@@ -197,21 +197,15 @@ impl Handler for BalloonHandler {
         };
         drain(queue.kick());
         let memory = self.memory.memory();
-        loop {
-            while let Some(chain) = queue.pop(&memory)? {
-                match index {
-                    INFLATE => inflate(&memory, &chain),
-                    // A page taken out of the balloon is backed again when the guest touches it.
-                    DEFLATE => {}
-                    _ => report(&memory, &chain),
-                }
-                queue.push_used(&memory, chain.head, 0)?;
+        queue.serve(&memory, |queue, chain| {
+            match index {
+                INFLATE => inflate(&memory, &chain),
+                // A page taken out of the balloon is backed again when the guest touches it.
+                DEFLATE => {}
+                _ => report(&memory, &chain),
             }
-            queue.notify(&memory)?;
-            if !queue.rearm(&memory)? {
-                return Ok(());
-            }
-        }
+            Ok(queue.push_used(&memory, chain.head, 0)?)
+        })
     }
 }
 

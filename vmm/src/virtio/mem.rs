@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use self::blocks::{BLOCK, Blocks, Response, State};
@@ -209,26 +209,12 @@ impl Handler for MemHandler {
     fn ready(&mut self, _poll: &Poll, _token: u64, _events: EventSet) -> Result<(), Fault> {
         drain(self.queue.kick());
         let memory = self.memory.memory();
-        loop {
-            self.serve(&memory)?;
-            self.queue.notify(&memory)?;
-            if !self.queue.rearm(&memory)? {
-                return Ok(());
-            }
-        }
-    }
-}
-
-impl MemHandler {
-    fn serve(&mut self, memory: &GuestMemoryMmap) -> Result<(), Fault> {
-        while let Some(chain) = self.queue.pop(memory)? {
+        let shared = &self.shared;
+        self.queue.serve(&memory, |queue, chain| {
             let Some(request) = Request::read(&chain) else {
-                return Err(self
-                    .queue
-                    .layout(chain.head, "a request of virtio-mem")
-                    .into());
+                return Err(queue.layout(chain.head, "a request of virtio-mem").into());
             };
-            let (response, state) = self.answer(&request);
+            let (response, state) = shared.answer(&request);
             let [r0, r1] = (response as u16).to_le_bytes();
             let [s0, s1] = (state as u16).to_le_bytes();
             let bytes: [u8; RESPONSE_LEN] = [r0, r1, 0, 0, 0, 0, 0, 0, s0, s1];
@@ -238,14 +224,15 @@ impl MemHandler {
                 .write_at(0, &bytes)
                 .map_or(0, |()| bytes.len());
             let written = u32::try_from(written).unwrap_or(0);
-            self.queue.push_used(memory, chain.head, written)?;
-        }
-        Ok(())
+            Ok(queue.push_used(&memory, chain.head, written)?)
+        })
     }
+}
 
+impl Shared {
     /// The state means something only with an ACK of a STATE request.
     fn answer(&self, request: &Request) -> (Response, State) {
-        let (region, mut blocks) = (&self.shared.region, self.shared.blocks());
+        let (region, mut blocks) = (&self.region, self.blocks());
         let Request { kind, addr, count } = *request;
         let refused = |what: &'static str| {
             move |error: &io::Error| {
@@ -266,7 +253,7 @@ impl MemHandler {
             },
             _ => Response::Error,
         };
-        self.shared.tell_if_reached(&blocks);
+        self.tell_if_reached(&blocks);
         (response, State::Plugged)
     }
 }

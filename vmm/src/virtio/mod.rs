@@ -166,3 +166,6 @@ fn read_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
         *to = *from;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -57,9 +57,6 @@ const HEADER_BYTES: u8 = 12;
 /// may have (`GSO_MAX_SIZE` of Linux).
 const MAX_PACKET: usize = HEADER_LEN + 14 + 4 + 65536;
 
-/// Packets a queue may carry before the other queue of its pair has its turn.
-const TURN: usize = 64;
-
 /// The network device.
 pub struct Net {
     pairs: u16,

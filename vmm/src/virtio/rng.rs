@@ -74,19 +74,13 @@ impl Handler for RngHandler {
     fn ready(&mut self, _poll: &Poll, _token: u64, _events: EventSet) -> Result<(), Fault> {
         drain(self.queue.kick());
         let memory = self.memory.memory();
-        loop {
-            while let Some(chain) = self.queue.pop(&memory)? {
-                let written = fill(&chain).map_err(|source| Fault::Host {
-                    what: "reading the host's random numbers",
-                    source,
-                })?;
-                self.queue.push_used(&memory, chain.head, written)?;
-            }
-            self.queue.notify(&memory)?;
-            if !self.queue.rearm(&memory)? {
-                return Ok(());
-            }
-        }
+        self.queue.serve(&memory, |queue, chain| {
+            let written = fill(&chain).map_err(|source| Fault::Host {
+                what: "reading the host's random numbers",
+                source,
+            })?;
+            Ok(queue.push_used(&memory, chain.head, written)?)
+        })
     }
 }
 

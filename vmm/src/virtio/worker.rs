@@ -1,8 +1,11 @@
 //! The one shape of a device's thread: an epoll loop over kicks, a stop event and whatever else the device waits for.
 //!
 //! A device gives a [`Handler`]; [`Worker`] runs it on a named thread with a small stack until the worker is dropped. A handler
-//! that fails ends its thread. If it was the guest that broke a queue, the device is marked `DEVICE_NEEDS_RESET` and the VM
-//! goes on; if the host refused something, the VM ends and says so.
+//! that fails ends all of its device's threads. If it was the guest that broke a queue, the device is marked `DEVICE_NEEDS_RESET` and the
+//! VM goes on; if the host refused something, the VM ends and says so.
+//!
+//! A handler serves at most [`TURN`] chains of a queue, or a number of its own, before it lets go. So a driver that never stops asking cannot
+//! keep a thread from what else it waits for, its end among it: a reset waits for a turn at most.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -22,6 +25,9 @@ const STACK_SIZE: usize = 512 * 1024;
 
 /// The stop event's token; handlers count theirs from 0.
 const STOP: u64 = u64::MAX;
+
+/// Chains of one queue that are served before whatever else has happened is looked at.
+pub const TURN: usize = 64;
 
 /// Events taken from the kernel at once.
 const BATCH: usize = 64;
@@ -144,12 +150,15 @@ impl Worker {
                 .map_err(failed)?;
             handler.register(&poll).map_err(failed)?;
             let interrupt = Arc::clone(interrupt);
+            let stop = worker.stop.try_clone().map_err(failed)?;
             let thread = std::thread::Builder::new()
                 .name(name.to_owned())
                 .stack_size(STACK_SIZE)
                 .spawn(move || {
                     let confined = kind.confine().map_err(Fault::Seccomp);
                     if let Err(fault) = confined.and_then(|()| run(&mut handler, &poll)) {
+                        // The device is what stops, not this share of it. It cannot block: nobody writes often.
+                        let _ = stop.write(1);
                         tell(&fault, name, &*interrupt);
                     }
                 })
@@ -220,9 +229,16 @@ pub fn drain(event: &EventFd) {
     let _ = event.read();
 }
 
+/// Comes back to a queue after a look at everything else.
+pub fn again(kick: &EventFd) {
+    // EAGAIN: kicked already.
+    let _ = kick.write(1);
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
 
     use super::*;
     use crate::virtio::queue::QueueError;
@@ -268,6 +284,51 @@ mod tests {
         drop(worker);
         assert!(heard.try_recv().is_err());
         first
+    }
+
+    /// One of two threads: the first breaks, and each says when it has ended.
+    struct Half {
+        broken: bool,
+        ended: Sender<()>,
+    }
+
+    impl Handler for Half {
+        fn register(&mut self, _poll: &Poll) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn enter(&mut self) -> Result<(), Fault> {
+            let fault = || QueueError::Lent { queue: 0 }.into();
+            if self.broken { Err(fault()) } else { Ok(()) }
+        }
+
+        fn ready(&mut self, _: &Poll, _: u64, _: EventSet) -> Result<(), Fault> {
+            Ok(())
+        }
+    }
+
+    impl Drop for Half {
+        fn drop(&mut self) {
+            self.ended.send(()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_broken_queue_stops_all_of_its_device() {
+        let (ended, ends) = channel();
+        let (said, heard) = channel();
+        let interrupt: Arc<dyn Interrupt> = Arc::new(Ear(said));
+        let halves = [true, false].map(|broken| Half {
+            broken,
+            ended: ended.clone(),
+        });
+        let worker = Worker::spawn(Kind::Rng, &interrupt, halves.into()).unwrap();
+        for _ in 0..2 {
+            ends.recv_timeout(Duration::from_secs(60)).unwrap();
+        }
+        drop(worker);
+        assert_eq!(heard.try_recv().unwrap(), "needs a reset");
+        assert!(heard.try_recv().is_err());
     }
 
     #[test]

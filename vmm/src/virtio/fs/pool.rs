@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::memory::{BUFFER_LEN, Scratch};
 use super::request::{self, FIXED_LEN, HEADER_LEN, REPLY_BYTES, REPLY_LEN};
 use crate::virtio::queue::{Chain, DeviceQueue, Short};
-use crate::virtio::worker::{Fault, Handler, Poll, drain};
+use crate::virtio::worker::{Fault, Handler, Poll, TURN, again, drain};
 use crate::virtio::{ActivateError, Activation, may_log_about_guest};
 
 /// Threads of one device. An idle one costs about 20 KiB; more than a few requests at once only wait for the same disk.
@@ -180,7 +180,7 @@ impl Handler for FsThread {
         let memory = &shared.memory;
         drain(&fs_queue.kick);
         let mut queue = fs_queue.lock();
-        loop {
+        for _ in 0..TURN {
             let Some(chain) = queue.pop(memory)? else {
                 if queue.rearm(memory)? {
                     continue;
@@ -191,8 +191,7 @@ impl Handler for FsThread {
             let more = queue.rearm(memory)?;
             drop(queue);
             if more {
-                // EAGAIN: kicked more than enough.
-                let _ = fs_queue.kick.write(1);
+                again(&fs_queue.kick);
             }
             let written = shared
                 .answer(&mut self.scratch, &mut self.copy, &chain)
@@ -206,6 +205,9 @@ impl Handler for FsThread {
             queue.push_used(memory, chain.head, written)?;
             queue.notify(memory)?;
         }
+        // Any of the threads may go on.
+        again(&fs_queue.kick);
+        Ok(())
     }
 }
 

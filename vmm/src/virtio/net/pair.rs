@@ -20,7 +20,7 @@ use super::rx::{self, Rx};
 use super::tap::Tap;
 use super::tx::{self, Tx};
 use super::vhost::Vhost;
-use crate::virtio::worker::{Fault, Handler, Poll, drain};
+use crate::virtio::worker::{Fault, Handler, Poll, again, drain};
 use crate::virtio::{GuestMemory, may_log_about_guest};
 
 const RX_KICK: u64 = 0;
@@ -287,10 +287,4 @@ impl Handler for Pair {
 
 fn host(what: &'static str) -> impl FnOnce(io::Error) -> Fault {
     move |source| Fault::Host { what, source }
-}
-
-/// Back here after a look at everything else.
-fn again(kick: &EventFd) {
-    // EAGAIN: kicked already.
-    let _ = kick.write(1);
 }

@@ -12,9 +12,9 @@ use vm_memory::{GuestMemoryMmap, VolatileSlice};
 use super::io::MAX_SLICES;
 use super::link::Dropped;
 use super::tap::{Received, Tap};
-use super::{HEADER_LEN, MAX_PACKET, TURN, features};
+use super::{HEADER_LEN, MAX_PACKET, features};
 use crate::virtio::queue::{Chain, DeviceQueue};
-use crate::virtio::worker::Fault;
+use crate::virtio::worker::{Fault, TURN};
 use crate::virtio::{ActiveQueue, Interrupt};
 
 /// Where `num_buffers` is in a packet's header (5.1.6).

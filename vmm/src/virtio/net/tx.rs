@@ -6,8 +6,9 @@ use vm_memory::GuestMemoryMmap;
 
 use super::link::Dropped;
 use super::tap::{Sent, Tap};
-use super::{HEADER_LEN, MAX_PACKET, TURN};
+use super::{HEADER_LEN, MAX_PACKET};
 use crate::virtio::queue::{Buffers, DeviceQueue, QueueError};
+use crate::virtio::worker::TURN;
 use crate::virtio::{ActiveQueue, Interrupt};
 
 /// A transmit queue.

@@ -2,7 +2,9 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
+use vm_memory::GuestMemory as _;
 
 use super::*;
 use crate::virtio::testing::{INDIRECT, NEXT, REGIONS, WRITE, eventfd, memory};
@@ -220,6 +222,43 @@ fn chains_that_are_used_together_are_seen_together() {
     for (slot, (head, len)) in [(SIZE - 1, (7, 10)), (0, (3, 20)), (1, (5, 30))] {
         let entry = mock.used().ring().ref_at(slot.into()).unwrap().load();
         assert_eq!((entry.id(), entry.len()), (head, len));
+    }
+}
+
+/// A driver that has another request for each one that is answered.
+#[test]
+fn a_turn_ends_and_comes_again() {
+    let memory = memory();
+    let mock = MockSplitQueue::new(&memory, SIZE);
+    let mut active = mock.create_queue::<Queue>().unwrap();
+    // The mock's rings overlap.
+    active.set_used_ring_address(Some(A as u32), None);
+    let descriptor = Descriptor::new(2 * A, 1, 0, 0);
+    mock.desc_table()
+        .store(0, RawDescriptor::from(descriptor))
+        .unwrap();
+    mock.avail().idx().store(1);
+    let kick = eventfd();
+    let active = ActiveQueue {
+        queue: active,
+        kick: kick.try_clone().unwrap(),
+    };
+    let mut queue = DeviceQueue::new(active, 0, 100, Arc::new(Silent));
+    let mut served = 0u16;
+    let mut more = true;
+    for (turn, kicks) in [(TURN, true), (TURN + 5, false)] {
+        let done = queue.serve(&memory, |queue, chain| {
+            queue.push_used(&memory, chain.head, 0)?;
+            served += 1;
+            if more || usize::from(served) < turn {
+                mock.avail().idx().store(served + 1);
+            }
+            Ok(())
+        });
+        done.unwrap();
+        more = false;
+        assert_eq!(usize::from(served), turn);
+        assert_eq!(kick.read().is_ok(), kicks, "what is left is not forgotten");
     }
 }
 

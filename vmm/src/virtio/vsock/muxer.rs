@@ -17,7 +17,7 @@ use super::connection::{Connection, Key, Outcome};
 use super::packet::{HEADER_BYTES, HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
 use super::state::{Event, State};
 use crate::virtio::queue::{Chain, DeviceQueue};
-use crate::virtio::worker::{Fault, Handler, Poll, drain};
+use crate::virtio::worker::{Fault, Handler, Poll, again, drain};
 use crate::virtio::{ActivateError, Activation, GuestMemory, may_log_about_guest};
 
 /// Most connections at once; with their buffers full they take 256 MiB, which takes a hostile guest and readers on the host that
@@ -29,6 +29,9 @@ const MAX_RESETS: usize = 256;
 
 /// Packets taken from the guest before connections are served again.
 const TRANSMIT_TURN: usize = 256;
+
+/// RSTs sent, and connections served, before packets are taken from the guest again.
+const RECEIVE_TURNS: usize = 256;
 
 /// Bytes read from one socket before the next connection has its turn.
 const RECEIVE_TURN: usize = 64 * 1024;
@@ -240,9 +243,10 @@ impl Muxer {
 
     // --- to the guest ---
 
-    /// Serves connections until there is nothing to say or no buffer to say it in.
-    fn receive(&mut self, memory: &GuestMemoryMmap, poll: &Poll) -> Result<(), Fault> {
-        loop {
+    /// Serves connections until there is nothing to say or no buffer to say it in; true if others must have their turn first.
+    fn receive(&mut self, memory: &GuestMemoryMmap, poll: &Poll) -> Result<bool, Fault> {
+        let mut more = true;
+        for _ in 0..RECEIVE_TURNS {
             let served = if let Some((key, kind)) = self.resets.front().copied() {
                 let served = self.send_reset(memory, key, kind)?;
                 if served {
@@ -258,14 +262,16 @@ impl Muxer {
                 }
                 served
             } else {
+                more = false;
                 break;
             };
             if !served && !self.rx.rearm(memory)? {
+                more = false;
                 break;
             }
         }
         self.rx.notify(memory)?;
-        Ok(())
+        Ok(more)
     }
 
     fn send_reset(&mut self, memory: &GuestMemoryMmap, key: Key, kind: u16) -> Result<bool, Fault> {
@@ -467,20 +473,18 @@ impl Handler for Muxer {
 
     fn settle(&mut self, poll: &Poll) -> Result<(), Fault> {
         let memory = self.memory.memory();
-        loop {
-            let transmit = self.transmit(&memory, poll)?;
-            self.receive(&memory, poll)?;
-            debug_assert!(self.ready.len() <= self.connections.len());
-            match transmit {
-                Transmit::Done => return Ok(()),
-                Transmit::Turn => {
-                    // Back here after a look at everything else. EAGAIN: kicked already.
-                    let _ = self.tx.kick().write(1);
-                    return Ok(());
-                }
-                Transmit::Owing if self.resets.len() >= MAX_RESETS => return Ok(()),
-                Transmit::Owing => {}
-            }
+        let transmit = self.transmit(&memory, poll)?;
+        let more = self.receive(&memory, poll)?;
+        debug_assert!(self.ready.len() <= self.connections.len());
+        let goes_on = match transmit {
+            Transmit::Done => more,
+            Transmit::Turn => true,
+            // If not, the guest has to offer buffers first, and kicks.
+            Transmit::Owing => more || self.resets.len() < MAX_RESETS,
+        };
+        if goes_on {
+            again(self.tx.kick());
         }
+        Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use super::host::tun;
 use super::*;
+use crate::virtio::worker::TURN;
 
 #[test]
 fn the_link_comes_up_with_the_tap_and_the_driver_is_told() {
