@@ -69,7 +69,7 @@ pub trait VirtioDevice: Send {
 pub struct Activation {
     /// Guest memory.
     pub memory: GuestMemory,
-    /// The queues the driver enabled, checked (`Queue::is_valid`), by index; `None` where it enabled none.
+    /// The queues the driver enabled, checked (`mmio`), by index; `None` where it enabled none.
     pub queues: Vec<Option<ActiveQueue>>,
     /// Feature bits that driver and device agreed on.
     pub features: u64,

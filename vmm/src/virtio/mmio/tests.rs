@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ending::Cause;
-use crate::virtio::testing::{Guest, eventfd, memory};
+use crate::virtio::testing::{Guest, REGIONS, eventfd, memory};
 use crate::virtio::{ActivateError, read_bytes};
 
 /// A device that notes what happens to it.
@@ -205,6 +205,46 @@ fn a_queue_outside_memory_or_a_failed_start_asks_for_a_reset() {
     probe.0.lock().unwrap().fails = Some(|| ActivateError::MissingQueue(1));
     guest.bring_up(16);
     assert_eq!(guest.status(), 15 | 0x40);
+    assert_eq!(guest.ending.cause(), None);
+}
+
+/// Each part of a queue may end where its memory does, and may cross from one region into the next, but not a byte further.
+#[test]
+fn a_queue_may_reach_to_the_end_of_memory() {
+    let probe = Probe::default();
+    let mut guest = Guest::start(Box::new(probe.clone()), 16);
+    let gap = REGIONS[1].0 + REGIONS[1].1 as u64;
+    let end = REGIONS[2].0 + REGIONS[2].1 as u64;
+    // Register, length of 16 entries, and the step of its addresses.
+    for (register, len, step) in [(0x80, 256, 16), (0x90, 38, 2), (0xa0, 134, 4)] {
+        for border in [gap, end] {
+            let last = (border - len) / step * step;
+            let start = REGIONS[2].0;
+            for (at, fits) in [
+                (last, true),
+                (last + step, false),
+                (border - step, false),
+                (border, false),
+                (start, true),
+                (start - step, false),
+                (REGIONS[1].0 - step, true),
+                (0, false),
+                (u64::MAX / step * step, false),
+            ] {
+                guest.write32(0x70, 0);
+                for (register, value) in &BRING_UP[..BRING_UP.len() - 2] {
+                    guest.write32(*register, *value);
+                }
+                guest.write32(register, at as u32);
+                guest.write32(register + 4, (at >> 32) as u32);
+                guest.write32(0x44, 1);
+                guest.write32(0x70, 15);
+                let status = if fits { 15 } else { 15 | 0x40 };
+                assert_eq!(guest.status(), status, "{register:#x} {at:#x}");
+                assert_eq!(probe.0.lock().unwrap().activated.is_some(), fits);
+            }
+        }
+    }
     assert_eq!(guest.ending.cause(), None);
 }
 
