@@ -9,6 +9,8 @@ use vm_memory::GuestMemory as _;
 use super::*;
 use crate::virtio::testing::{INDIRECT, NEXT, REGIONS, WRITE, eventfd, memory};
 
+mod exhaustive;
+
 struct Silent;
 
 impl Interrupt for Silent {
