@@ -196,11 +196,14 @@ mod tests {
     #[test]
     fn nested_virtualisation_and_counters_are_not_offered() {
         let host = [
+            leaf(1, 0, 0, VMX | PDCM | 1, 0),
             leaf(0xa, 1, 1, 1, 1),
             leaf(0x8000_0001, 0, 0, SVM | AMD_PERF_COUNTERS | 1, 0),
             leaf(0x8000_000a, 1, 1, 1, 1),
         ];
         let table = for_vcpu(&host, topology(0, 4));
+        // Leaf 1, ECX bit 5 and leaf 0x8000_0001, ECX bit 2.
+        assert_eq!(find(&table, 1, 0).ecx & (1 << 5 | PDCM | 1), 1);
         assert_eq!(find(&table, 0x8000_0001, 0).ecx, 1);
         assert!(!table.iter().any(|e| DROPPED.contains(&e.function)));
     }

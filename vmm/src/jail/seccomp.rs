@@ -306,6 +306,26 @@ mod tests {
         }
     }
 
+    /// linux/vhost.h: `VHOST_SET_LOG_BASE`, `VHOST_SET_LOG_FD` (CVE-2019-14835, CVE-2026-99686). `FEATURES` is among the ioctls, so that they
+    /// would be found.
+    #[test]
+    fn nobody_has_vhost_write_a_log() {
+        const FEATURES: u32 = 0x4008_af00;
+        const LOG: [u32; 2] = [0x4008_af04, 0x4004_af07];
+        let ioctls: Vec<u32> = Kind::ALL
+            .into_iter()
+            .flat_map(Kind::allowed)
+            .filter(|call| call.number == libc::SYS_ioctl)
+            .flat_map(|call| call.when.iter().copied().flatten())
+            .filter_map(|Argument(index, test)| match test {
+                Test::Is(number) if *index == 1 => Some(*number),
+                _ => None,
+            })
+            .collect();
+        assert!(ioctls.contains(&FEATURES));
+        assert!(!ioctls.iter().any(|number| LOG.contains(number)));
+    }
+
     /// Those who start no threads must not make processes either.
     #[test]
     fn only_the_starter_starts_threads() {

@@ -92,6 +92,48 @@ fn free_pages_that_are_reported_are_dropped() {
     assert_eq!(page(&guest, (at >> PAGE_SHIFT) + 3), FULL);
 }
 
+/// The host refuses to give up a page that is locked: the guest keeps it, and what else it has given up goes.
+#[test]
+fn a_discard_that_is_refused_changes_nothing() {
+    let (mut guest, _) = started();
+    // Apart from each other, and a run in which the first is refused.
+    let (locked, others) = (6000, [6002, 6010, 5990]);
+    for number in others.into_iter().chain([locked]) {
+        fill(&guest, number);
+    }
+    lock(&guest, locked);
+    inflate_pages(&mut guest, &[5990, locked, 6002, 6010]);
+    assert_eq!(page(&guest, locked), FULL);
+    for number in others {
+        assert_eq!(page(&guest, number), [0; 4096], "{number}");
+    }
+    // By a report just as well.
+    fill(&guest, 6010);
+    for number in [locked, 6010] {
+        let queue = &mut guest.queues[usize::from(REPORTING)];
+        let at = u64::from(number) << PAGE_SHIFT;
+        let descriptor = virtio_queue::desc::split::Descriptor::new(at, 4096, 2, 0);
+        queue.descriptor(&guest.memory, 63, descriptor);
+        queue.publish(&guest.memory, 63);
+        guest.kick(REPORTING.into());
+        guest.wait_interrupt();
+    }
+    assert_eq!(page(&guest, locked), FULL);
+    assert_eq!(page(&guest, 6010), [0; 4096]);
+    fill(&guest, locked);
+    assert_eq!(guest.status(), 15);
+    assert_eq!(guest.ending.cause(), None);
+}
+
+/// Locks a page of the guest's in the host's memory: MADV_DONTNEED is refused there (madvise(2)).
+#[allow(unsafe_code, reason = "mlock(2)")]
+fn lock(guest: &Guest, page: u32) {
+    let at = GuestAddress(u64::from(page) << PAGE_SHIFT);
+    let host = guest.memory.get_host_address(at).unwrap();
+    // SAFETY: the page is mapped as long as the guest's memory is; to lock it changes nothing of what it holds.
+    assert_eq!(unsafe { libc::mlock(host.cast(), 4096) }, 0);
+}
+
 #[test]
 fn the_target_is_bounded_and_the_driver_reports_what_it_holds() {
     let (mut guest, handle) = started();

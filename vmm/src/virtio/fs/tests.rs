@@ -11,6 +11,8 @@ use tempfile::TempDir;
 use super::*;
 use crate::virtio::testing::Guest;
 
+mod hostile;
+
 const HIPRIO: usize = 0;
 const REQUEST: usize = 1;
 

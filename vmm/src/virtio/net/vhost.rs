@@ -285,6 +285,18 @@ mod tests {
         }
     }
 
+    /// CVE-2019-14835, CVE-2026-99686: nobody asks vhost to log what it writes, to translate addresses, or to use buffers in order.
+    #[test]
+    fn what_has_broken_vhost_is_not_negotiated() {
+        const LOG_ALL: u64 = 1 << 26;
+        const ACCESS_PLATFORM: u64 = 1 << 33;
+        const IN_ORDER: u64 = 1 << 35;
+        let offered = super::super::features::offered(8) | RING_FEATURES;
+        for never in [LOG_ALL, ACCESS_PLATFORM, IN_ORDER] {
+            assert_eq!((FEATURES | offered) & never, 0, "{never:#x}");
+        }
+    }
+
     #[test]
     fn what_is_no_vhost_is_refused() {
         let null = std::fs::File::open("/dev/null").unwrap();

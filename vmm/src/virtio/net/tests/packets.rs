@@ -1,8 +1,11 @@
 //! Packets, from the tap to the guest and back.
 
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes as _, GuestAddress};
 
 use super::host::{IPV4, large_segment};
 use super::*;
@@ -88,6 +91,54 @@ fn a_large_packet_takes_as_many_buffers_as_it_fills() {
         assert_eq!(received_header, header);
         assert_eq!(received[54..], sent[54..]);
     }
+}
+
+/// CVE-2026-45782: one head, made available again and again before any of it is used. Each is a packet, or a buffer, of its own.
+#[test]
+fn a_head_that_is_offered_many_times_is_used_as_often() {
+    const TIMES: u16 = 16;
+    let (mut guest, _, wire) = connected(&[]);
+    let sent = frame(EXPERIMENT, b"once more");
+    let packet = [&[0; HEADER_LEN], &sent[..]].concat();
+    for (queue, readable, writable) in [
+        (TX, &[&packet[..]][..], &[][..]),
+        (RX, &[], &[MAX_PACKET + 1]),
+    ] {
+        let at = GuestAddress(guest.queues[queue].used);
+        let head = guest.add(queue, readable, writable).unwrap();
+        for _ in 1..TIMES {
+            guest.queues[queue].publish(&guest.memory, head);
+        }
+        guest.kick(queue);
+        for _ in 0..TIMES {
+            if queue == TX {
+                assert_eq!(wire.receive(), sent);
+            } else {
+                wire.send(&PLAIN, &sent);
+            }
+        }
+        let used = |guest: &Guest| -> u16 {
+            let index = guest.memory.load(GuestAddress(at.0 + 2), Ordering::SeqCst);
+            index.unwrap()
+        };
+        let start = Instant::now();
+        while used(&guest) < TIMES {
+            assert!(start.elapsed() < Duration::from_secs(60), "not used");
+            std::thread::yield_now();
+        }
+        assert_eq!(used(&guest), TIMES);
+        for slot in 0..u64::from(TIMES) {
+            let entry: [u32; 2] = guest
+                .memory
+                .read_obj(GuestAddress(at.0 + 4 + 8 * slot))
+                .unwrap();
+            assert_eq!(entry[0], u32::from(head));
+        }
+    }
+    assert_eq!(guest.status(), 15);
+    guest.bring_up(QUEUE_SIZE);
+    transmit(&mut guest, &sent);
+    assert_eq!(wire.receive(), sent);
 }
 
 #[test]
