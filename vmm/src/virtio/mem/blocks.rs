@@ -6,6 +6,10 @@ use std::ops::Range;
 /// Bytes of a block, the smallest piece that is plugged: a huge page, and what Linux takes at least anyway (a pageblock).
 pub const BLOCK: u64 = 2 << 20;
 
+/// Most pieces that the plugged blocks may lie in: the kernel has a mapping for each and for each gap, and no more than some 65000 of a
+/// process (`vm.max_map_count`), which the VMM needs for other things as well. Linux plugs from the start on, and unplugs from the end.
+pub const MAX_PIECES: usize = 4096;
+
 /// The device's answer, by its number in the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -46,6 +50,8 @@ pub struct Blocks {
     count: u64,
     /// How many the host wants plugged.
     requested: u64,
+    /// Runs of plugged blocks.
+    pieces: usize,
 }
 
 impl Blocks {
@@ -56,6 +62,7 @@ impl Blocks {
             plugged: vec![false; usize::try_from(len / BLOCK).unwrap_or(0)],
             count: 0,
             requested: 0,
+            pieces: 0,
         }
     }
 
@@ -120,6 +127,7 @@ impl Blocks {
         }
         self.plugged.fill(false);
         self.count = 0;
+        self.pieces = 0;
         Response::Ack
     }
 
@@ -147,11 +155,13 @@ impl Blocks {
         if self.state_of(&range) != from {
             return Response::Error;
         }
+        let plugs = from == State::Unplugged;
+        let pieces = self.pieces_with(&range, plugs);
         let bytes = bytes(range.start as u64)..bytes(range.end as u64);
-        if act(bytes).is_err() {
+        if pieces > self.pieces.max(MAX_PIECES) || act(bytes).is_err() {
             return Response::Busy;
         }
-        let plugs = from == State::Unplugged;
+        self.pieces = pieces;
         let count = range.len() as u64;
         self.count = if plugs {
             self.count.saturating_add(count)
@@ -163,6 +173,22 @@ impl Blocks {
             blocks.fill(plugs);
         }
         Response::Ack
+    }
+
+    /// How many pieces there are once all the blocks of `range`, which none or all are plugged, are the other way round.
+    fn pieces_with(&self, range: &Range<usize>, plugs: bool) -> usize {
+        let is_plugged = |block: Option<usize>| {
+            let block = block.and_then(|block| self.plugged.get(block));
+            block.copied().unwrap_or(false)
+        };
+        let neighbours = [range.start.checked_sub(1), Some(range.end)].map(is_plugged);
+        let both = neighbours.into_iter().filter(|plugged| *plugged).count();
+        // A piece of its own joins those beside it; one that is taken out leaves them.
+        if plugs {
+            self.pieces.saturating_add(1).saturating_sub(both)
+        } else {
+            self.pieces.saturating_add(both).saturating_sub(1)
+        }
     }
 
     /// The blocks that a request names: aligned, at least one, and all within the region.
@@ -217,6 +243,27 @@ mod tests {
         ]
     }
 
+    /// A guest that plugs every other block gets so far, and may still join pieces and give all back.
+    #[test]
+    fn plugged_blocks_lie_in_so_many_pieces_at_most() {
+        let most = MAX_PIECES as u64;
+        let mut blocks = Blocks::new(START, (2 * most + 10) * BLOCK);
+        blocks.request(u64::MAX);
+        let at = |block: u64| START + block * BLOCK;
+        for piece in 0..most {
+            assert_eq!(blocks.plug(at(2 * piece), 1, |_| Ok(())), Response::Ack);
+        }
+        let never = |_: Range<u64>| -> io::Result<()> { panic!("asked of the host") };
+        assert_eq!(blocks.plug(at(2 * most), 1, never), Response::Busy);
+        assert_eq!(blocks.plug(at(2 * most - 1), 1, |_| Ok(())), Response::Ack);
+        assert_eq!(blocks.plug(at(1), 1, |_| Ok(())), Response::Ack);
+        assert_eq!(blocks.plug(at(2 * most + 1), 2, |_| Ok(())), Response::Ack);
+        assert_eq!(blocks.unplug(at(1), 1, never), Response::Busy);
+        assert_eq!(blocks.unplug(at(0), 1, |_| Ok(())), Response::Ack);
+        assert_eq!(blocks.unplug_all(|_| Ok(())), Response::Ack);
+        assert_eq!(blocks.plug(at(7), 1, |_| Ok(())), Response::Ack);
+    }
+
     proptest! {
         /// What the host has made accessible is what counts as plugged, and never more than was asked for at that time.
         #[test]
@@ -251,6 +298,8 @@ mod tests {
                 }
                 prop_assert!(blocks.requested() <= blocks.bytes());
                 prop_assert_eq!(&blocks.plugged, &open);
+                let pieces = open.chunk_by(|a, b| a == b).filter(|run| run[0]).count();
+                prop_assert_eq!(blocks.pieces, pieces);
                 let count = open.iter().filter(|open| **open).count() as u64;
                 prop_assert_eq!(blocks.plugged(), count * BLOCK);
                 for (index, open) in open.iter().enumerate() {
