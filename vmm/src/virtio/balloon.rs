@@ -82,9 +82,9 @@ impl BalloonHandle {
         }
     }
 
-    /// Pages of 4 KiB that the guest says are in the balloon.
+    /// Pages of 4 KiB that the guest says are in the balloon, at most what it has.
     pub fn held_pages(&self) -> u32 {
-        self.shared.held.load(Ordering::SeqCst)
+        self.shared.held.load(Ordering::SeqCst).min(self.total)
     }
 }
 

@@ -1,7 +1,8 @@
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::Bytes;
 
 use super::*;
-use crate::virtio::testing::Guest;
+use crate::virtio::testing::{Guest, NEXT, WRITE};
 
 const FULL: [u8; 4096] = [0xab; 4096];
 
@@ -81,7 +82,7 @@ fn free_pages_that_are_reported_are_dropped() {
         fill(&guest, (at >> PAGE_SHIFT) + number);
     }
     let queue = &mut guest.queues[usize::from(REPORTING)];
-    let descriptor = virtio_queue::desc::split::Descriptor::new(at.into(), 3 * 4096, 2, 0);
+    let descriptor = Descriptor::new(at.into(), 3 * 4096, 2, 0);
     queue.descriptor(&guest.memory, 63, descriptor);
     queue.publish(&guest.memory, 63);
     guest.kick(REPORTING.into());
@@ -96,7 +97,6 @@ fn free_pages_that_are_reported_are_dropped() {
 #[test]
 fn a_discard_that_is_refused_changes_nothing() {
     let (mut guest, _) = started();
-    // Apart from each other, and a run in which the first is refused.
     let (locked, others) = (6000, [6002, 6010, 5990]);
     for number in others.into_iter().chain([locked]) {
         fill(&guest, number);
@@ -107,22 +107,29 @@ fn a_discard_that_is_refused_changes_nothing() {
     for number in others {
         assert_eq!(page(&guest, number), [0; 4096], "{number}");
     }
-    // By a report just as well.
-    fill(&guest, 6010);
-    for number in [locked, 6010] {
-        let queue = &mut guest.queues[usize::from(REPORTING)];
-        let at = u64::from(number) << PAGE_SHIFT;
-        let descriptor = virtio_queue::desc::split::Descriptor::new(at, 4096, 2, 0);
-        queue.descriptor(&guest.memory, 63, descriptor);
-        queue.publish(&guest.memory, 63);
-        guest.kick(REPORTING.into());
-        guest.wait_interrupt();
-    }
-    assert_eq!(page(&guest, locked), FULL);
-    assert_eq!(page(&guest, 6010), [0; 4096]);
     fill(&guest, locked);
     assert_eq!(guest.status(), 15);
     assert_eq!(guest.ending.cause(), None);
+}
+
+#[test]
+fn a_report_that_is_refused_changes_nothing() {
+    let (mut guest, _) = started();
+    let (locked, other) = (6000, 6010);
+    fill(&guest, locked);
+    fill(&guest, other);
+    lock(&guest, locked);
+    let queue = &mut guest.queues[usize::from(REPORTING)];
+    for (index, page, flags) in [(62, locked, WRITE | NEXT), (63, other, WRITE)] {
+        let at = u64::from(page) << PAGE_SHIFT;
+        queue.descriptor(&guest.memory, index, Descriptor::new(at, 4096, flags, 63));
+    }
+    queue.publish(&guest.memory, 62);
+    guest.kick(REPORTING.into());
+    guest.wait_interrupt();
+    assert_eq!(page(&guest, locked), FULL);
+    assert_eq!(page(&guest, other), [0; 4096]);
+    assert_eq!(guest.status(), 15);
 }
 
 /// Locks a page of the guest's in the host's memory: MADV_DONTNEED is refused there (madvise(2)).
@@ -144,6 +151,8 @@ fn the_target_is_bounded_and_the_driver_reports_what_it_holds() {
     assert_eq!(guest.read32(0x100), 36 * 256);
     guest.write32(0x104, 77);
     assert_eq!(handle.held_pages(), 77);
+    guest.write32(0x104, u32::MAX);
+    assert_eq!(handle.held_pages(), 36 * 256);
     // The target is the host's.
     guest.write32(0x100, 5);
     assert_eq!(guest.read32(0x100), 36 * 256);
