@@ -277,6 +277,9 @@ fn describe(status: &io::Result<ExitStatus>, last_word: Option<String>) -> Strin
         (Ok(status), _) if status.signal() == Some(libc::SIGSYS) => format!(
             "husk-vmm ended ({status}): it made a system call that its jail forbids, which the kernel's log (dmesg, audit type 1326) names"
         ),
+        (Ok(status), _) if status.signal() == Some(libc::SIGSEGV) => format!(
+            "husk-vmm ended ({status}): the guest had a device work on memory that it has not plugged, or husk has a bug"
+        ),
         (Ok(status), Some(word)) if status.code().is_some_and(|code| code != 0) => {
             format!("husk-vmm ended ({status}): {word}")
         }
@@ -502,5 +505,11 @@ mod tests {
     async fn a_vmm_that_broke_out_of_its_calls_is_told_so() {
         let reason = end_of("kill -SYS $$", false).await;
         assert!(reason.contains("its jail forbids"), "{reason}");
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_touched_what_is_not_there_is_told_so() {
+        let reason = end_of("kill -SEGV $$", false).await;
+        assert!(reason.contains("has not plugged"), "{reason}");
     }
 }

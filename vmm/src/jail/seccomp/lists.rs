@@ -107,10 +107,15 @@ pub(super) const EVERYBODY: &[Call] = &[
     any(libc::SYS_munmap),
     any(libc::SYS_read),
     any(libc::SYS_restart_syscall),
-    // Only what ends the process takes a handler off: abort(3).
+    // Only what ends the process takes a handler off: abort(3), and the handler of Rust's library that has found a fault to be no overflow of
+    // a stack. Then the fault is what the process ends by.
     when(
         libc::SYS_rt_sigaction,
-        &[&[Argument(0, Is(libc::SIGABRT as u32))]],
+        &[
+            &[Argument(0, Is(libc::SIGABRT as u32))],
+            &[Argument(0, Is(libc::SIGSEGV as u32))],
+            &[Argument(0, Is(libc::SIGBUS as u32))],
+        ],
     ),
     any(libc::SYS_rt_sigprocmask),
     any(libc::SYS_rt_sigreturn),
