@@ -136,11 +136,15 @@ static GUEST_LINES: AtomicU32 = AtomicU32::new(100);
 
 /// True if one more line about what the guest has done wrong may be logged.
 fn may_log_about_guest() -> bool {
-    GUEST_LINES
-        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-            left.checked_sub(1)
-        })
-        .is_ok()
+    takes_one(&GUEST_LINES)
+}
+
+/// Takes one of what is left, if there is any.
+fn takes_one(left: &AtomicU32) -> bool {
+    left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+        left.checked_sub(1)
+    })
+    .is_ok()
 }
 
 /// A constant of the kernel's headers, which bindgen makes 32 bits wide, as a field of 8 bits has it. For constants only: one that does

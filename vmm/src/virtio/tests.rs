@@ -255,6 +255,44 @@ fn a_malformed_chain_costs_the_driver_its_device_until_a_reset() {
     }
 }
 
+/// What a device takes at once, to the byte. (The others have no such bound: they look at the first few, or at packets.)
+#[test]
+fn a_request_has_no_more_bytes_than_its_device_takes() {
+    let most = |name| match name {
+        "balloon" => Some(64 << 10),
+        "mem" => Some(4096),
+        "fs" => Some(4 << 20),
+        "vsock" => Some(128 << 10),
+        _ => None,
+    };
+    for mut subject in subjects() {
+        let Some(most) = most(subject.name) else {
+            continue;
+        };
+        let request = subject.readable.clone();
+        let answer: usize = subject.writable.iter().sum();
+        let last = *request.last().unwrap();
+        subject.readable.resize(most - answer, last);
+        subject.ask();
+        assert_eq!(subject.guest.status(), 15, "{}", subject.name);
+        subject.readable.push(last);
+        subject.lay(0);
+        let guest = &mut subject.guest;
+        guest.queues[subject.queue].publish(&guest.memory, 0);
+        guest.kick(subject.queue);
+        guest.wait_failed();
+        subject.readable = request;
+        subject.is_well_after_a_reset("too many bytes");
+    }
+}
+
+#[test]
+fn lines_in_the_log_are_counted() {
+    let left = AtomicU32::new(3);
+    let lines = (0..1000).filter(|_| takes_one(&left)).count();
+    assert_eq!(lines, 3);
+}
+
 #[test]
 fn an_available_index_that_jumps_costs_the_driver_its_device_until_a_reset() {
     for mut subject in subjects() {

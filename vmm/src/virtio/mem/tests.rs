@@ -4,7 +4,8 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::virtio::testing::{Guest, WRITE, memory, wait_readable_fd};
+use crate::virtio::rng::Rng;
+use crate::virtio::testing::{Guest, WRITE, elsewhere, memory, wait_readable_fd};
 
 const MIB: u64 = 1 << 20;
 const ACK: u16 = Response::Ack as u16;
@@ -143,27 +144,19 @@ fn unplugged_memory_cannot_be_touched() {
 /// A device that is to work on such memory ends its process, and with it that guest's VM; see the head of `region`.
 #[test]
 fn a_device_that_works_on_unplugged_memory_ends_its_vm() {
-    const CHILD: &str = "HUSK_TEST_UNPLUGGED";
-    if std::env::var_os(CHILD).is_some() {
-        let ram = memory();
-        let region = Region::map(&ram, 128).unwrap();
-        let all = region.join(&ram).unwrap();
-        let mut guest = Guest::with_memory(Box::new(crate::virtio::rng::Rng::default()), 16, all);
-        let descriptor = Descriptor::new(region.start(), 64, WRITE, 0);
-        guest.queues[0].descriptor(&guest.memory, 0, descriptor);
-        guest.queues[0].publish(&guest.memory, 0);
-        guest.kick(0);
-        guest.wait_failed();
+    if let Some(status) = elsewhere() {
+        assert_eq!(status.signal(), Some(libc::SIGSEGV), "{status}");
         return;
     }
-    let name = std::thread::current().name().unwrap().to_owned();
-    let status = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", &name])
-        .env(CHILD, "1")
-        .stdout(std::process::Stdio::null())
-        .status()
-        .unwrap();
-    assert_eq!(status.signal(), Some(libc::SIGSEGV), "{status}");
+    let ram = memory();
+    let region = Region::map(&ram, 128).unwrap();
+    let all = region.join(&ram).unwrap();
+    let mut guest = Guest::with_memory(Box::new(Rng::default()), 16, all);
+    let descriptor = Descriptor::new(region.start(), 64, WRITE, 0);
+    guest.queues[0].descriptor(&guest.memory, 0, descriptor);
+    guest.queues[0].publish(&guest.memory, 0);
+    guest.kick(0);
+    guest.wait_failed();
 }
 
 #[test]

@@ -6,12 +6,15 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
-use self::driver::{Driver, End, Name, TX};
+use self::driver::{Driver, End, Name, RX, TX};
+use super::Vsock;
 use super::credit::BUFFER;
 use super::packet::*;
+use crate::virtio::testing::Guest;
 
 /// Bytes that tell their place.
 fn pattern(seed: u32, len: usize) -> Vec<u8> {
@@ -167,6 +170,69 @@ fn a_short_packet_ends_its_connection_and_a_headless_one_the_device() {
     driver.guest.add(TX, &[&[0; 10]], &[]).unwrap();
     driver.guest.kick(TX);
     driver.guest.wait_failed();
+}
+
+/// Whoever dials the next one, host or guest, is refused, until one ends.
+#[test]
+fn there_are_so_many_connections_and_no_more() {
+    let (mut driver, shim) = Driver::start();
+    // `MAX_CONNECTIONS` of `muxer`.
+    let mut held: Vec<_> = (0..1024).map(|port| shim.dial(port)).collect();
+    let mut refused = shim.dial(5000);
+    let patience = Some(Duration::from_secs(60));
+    refused.set_read_timeout(patience).unwrap();
+    assert_eq!(refused.read(&mut [0; 1]).unwrap(), 0);
+    driver.dial((7, 7));
+    driver.until(|d| d.end((7, 7)).reset);
+    let of = |d: &Driver, port| d.ends.keys().copied().find(|name| name.1 == port);
+    driver.until(|d| of(d, 0).is_some());
+    let first = of(&driver, 0).unwrap();
+    driver.control(first, Op::Reset, 0);
+    let mut ended = held.remove(0);
+    ended.set_read_timeout(patience).unwrap();
+    assert_eq!(ended.read(&mut [0; 1]).unwrap(), 0);
+    let _socket = driver.open(&shim, (8, 8));
+}
+
+/// What is owed to a guest that takes nothing is bounded: each RST that it takes makes room for one of its packets.
+#[test]
+fn a_guest_that_takes_no_rst_is_not_heard_until_it_does() {
+    /// `MAX_RESETS` of `muxer`.
+    const OWED: usize = 256;
+    const MORE: usize = 20;
+    let (ours, _shim) = UnixStream::pair().unwrap();
+    let mut guest = Guest::start(Box::new(Vsock::new(3, ours.into())), 128);
+    let stray = Header {
+        src_cid: 3,
+        dst_cid: HOST_CID,
+        src_port: 1,
+        dst_port: 2,
+        len: 0,
+        kind: TYPE_STREAM,
+        op: Op::CreditUpdate,
+        flags: 0,
+        buf_alloc: 0,
+        fwd_cnt: 0,
+    };
+    let mut taken = 0;
+    for _ in 0..OWED + MORE {
+        while guest.add(TX, &[&stray.encode()], &[]).is_none() {
+            guest.next(TX);
+            taken += 1;
+        }
+        guest.kick(TX);
+    }
+    for _ in taken..OWED {
+        guest.next(TX);
+    }
+    for _ in 0..MORE {
+        assert_eq!(guest.try_next(TX), None);
+        guest.add(RX, &[], &[HEADER_LEN]).unwrap();
+        guest.kick(RX);
+        guest.next(RX);
+        guest.next(TX);
+    }
+    assert_eq!(guest.status(), 15);
 }
 
 /// A guest that takes no answers leaves nothing behind for the connections that it opens and drops. (The muxer's own

@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
+use crate::virtio::testing::elsewhere;
 
 const SETATTR: u32 = 4;
 const CREATE: u32 = 35;
@@ -56,6 +58,50 @@ fn device_nodes_fifos_and_sockets_are_not_opened() {
     }
     assert_eq!(client.guest.status(), 15);
     client.call(GETATTR, ROOT, &[&[0; 16]], 104).ok();
+}
+
+/// CVE-2020-10717: a guest that holds all the files that it may has left the process what it needs, and gets more when it gives some back.
+#[test]
+fn files_that_the_guest_holds_are_bounded() {
+    if let Some(status) = elsewhere() {
+        assert!(status.success(), "{status}");
+        return;
+    }
+    const LIMIT: u64 = 600;
+    let limit = Rlimit {
+        current: Some(LIMIT),
+        maximum: Some(LIMIT),
+    };
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let dir = directory();
+    for number in 0..LIMIT {
+        fs::write(dir.path().join(number.to_string()), "").unwrap();
+    }
+    let mut client = Client::mount(dir.path(), CachePolicy::Auto);
+    let mut held = Vec::new();
+    let refused = (0..LIMIT).find_map(|number| {
+        let reply = client.lookup(ROOT, &number.to_string());
+        if reply.error != 0 {
+            return Some(reply.error);
+        }
+        held.push(reply.u64(0));
+        None
+    });
+    assert_eq!(refused, Some(libc::ENFILE));
+    assert!(held.len() as u64 <= fd_limit(LIMIT, 1), "{}", held.len());
+    // Nor is a file opened, or a directory.
+    let reply = client.call(OPEN, held[0], &[&words(&[0, 0])], 16);
+    assert_eq!(reply.error, libc::ENFILE);
+    let reply = client.call(OPENDIR, ROOT, &[&words(&[0, 0])], 16);
+    assert_eq!(reply.error, libc::ENFILE);
+    let left: Vec<_> = (0..100)
+        .map(|_| fs::File::open("/dev/null").unwrap())
+        .collect();
+    drop(left);
+    client.call(GETATTR, ROOT, &[&[0; 16]], 104).ok();
+    client.submit_with(FORGET, held[1], &[&1u64.to_le_bytes()], &[]);
+    client.guest.next(REQUEST);
+    client.open(held[0], libc::O_RDONLY);
 }
 
 /// CVE-2026-45782: one head, made available again and again while its request is under way. Each is a request of its own.
