@@ -48,7 +48,7 @@ fn set_connect_timeout(fd: &OwnedFd) -> io::Result<()> {
     Errno::result(result).map(drop).map_err(io::Error::from)
 }
 
-/// Pauses between tries while the device is missing double from the first to the second.
+/// Pauses between tries while the device is missing, or has no room, double from the first to the second.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 
@@ -85,7 +85,7 @@ impl Host for Vsock {
             let mut pause = FIRST_PAUSE;
             loop {
                 match connect_once(port).await {
-                    Err(e) if is_device_missing(&e) => {
+                    Err(e) if may_come(&e) => {
                         sleep(pause).await;
                         pause = (pause * 2).min(LONGEST_PAUSE);
                     }
@@ -97,11 +97,12 @@ impl Host for Vsock {
     }
 }
 
-/// What `connect` says before the driver has found its device.
-fn is_device_missing(error: &io::Error) -> bool {
+/// What `connect` says before the driver has found its device; and when the device refuses: a container that dials without end may have
+/// left no room for a moment.
+fn may_come(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error().map(Errno::from_raw),
-        Some(Errno::ENODEV | Errno::ENETUNREACH | Errno::EADDRNOTAVAIL)
+        Some(Errno::ENODEV | Errno::ENETUNREACH | Errno::EADDRNOTAVAIL | Errno::ECONNRESET)
     )
 }
 

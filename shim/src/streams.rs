@@ -6,10 +6,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     io,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -22,17 +19,18 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use crate::stdio::{Stdio, StreamKind};
+use crate::{
+    log::Few,
+    stdio::{Stdio, StreamKind},
+};
 
 /// How long a connection may take to say its token. Generous: the agent sends it at once, but the guest may be starved of CPU.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connections that may owe us a token at the same time; one more, and the oldest is closed. So a container that dials and says nothing
-/// keeps nobody waiting: the agent says its tokens at once.
-const MAX_UNKNOWN: usize = 128;
-
-/// Log lines about wrong tokens, in all: a container may send as many as it likes, and must not fill the host's disk with the news.
-const MAX_LINES: u32 = 20;
+/// keeps nobody waiting: the agent says its tokens at once. Twice what the guest's vsock queue holds: however fast a container
+/// dials, it pushes no token out that was sent at once.
+const MAX_UNKNOWN: usize = 512;
 
 /// Where a joined stream goes.
 pub trait Sink: Send + Sync {
@@ -56,7 +54,7 @@ type Expected = HashMap<Token, Join>;
 pub struct Streams {
     expected: Arc<Mutex<Expected>>,
     unknown: Arc<Mutex<VecDeque<AbortHandle>>>,
-    lines: Arc<AtomicU32>,
+    lines: Arc<Few>,
 }
 
 /// Tokens handed to the agent for one process. Those not used are forgotten with this value.
@@ -129,7 +127,7 @@ impl Streams {
             let taken = streams.lock().remove(&Token::new(token));
             match taken {
                 Some(join) => join(stream),
-                None if streams.lines.fetch_add(1, Ordering::Relaxed) < MAX_LINES => {
+                None if streams.lines.more() => {
                     warn!("a stream connection with a token that nobody waits for, closed");
                 }
                 None => {}

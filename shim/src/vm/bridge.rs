@@ -5,11 +5,13 @@ use tokio::{net::UnixStream, sync::mpsc};
 use tracing::{debug, warn};
 
 use super::{GuestConnection, seqpacket::Seqpacket};
+use crate::log::Few;
 
 /// Takes connections off the bridge until the VMM closes it or nobody wants them any more. While the receiver is
 /// busy they wait in the socket, and with them the guest that dials too much.
 pub async fn accept(bridge: Seqpacket, connections: mpsc::Sender<GuestConnection>) {
     let mut packet = [0; PACKET_LEN + 1];
+    let lines = Few::default();
     loop {
         let (length, fd) = match bridge.receive(&mut packet).await {
             Ok((0, _)) => return,
@@ -26,11 +28,13 @@ pub async fn accept(bridge: Seqpacket, connections: mpsc::Sender<GuestConnection
         let (port, fd) = match (connection, fd) {
             (Ok(Connection::FromGuest { port }), Some(fd)) => (port, fd),
             (connection, fd) => {
-                warn!(
-                    ?connection,
-                    has_fd = fd.is_some(),
-                    "unusable packet on the vsock bridge, dropped"
-                );
+                if lines.more() {
+                    warn!(
+                        ?connection,
+                        has_fd = fd.is_some(),
+                        "unusable packet on the vsock bridge, dropped"
+                    );
+                }
                 continue;
             }
         };
@@ -48,7 +52,10 @@ pub async fn accept(bridge: Seqpacket, connections: mpsc::Sender<GuestConnection
                     return;
                 }
             }
-            Err(error) => warn!(%error, port, "a vsock connection cannot be used, closed"),
+            Err(error) if lines.more() => {
+                warn!(%error, port, "a vsock connection cannot be used, closed")
+            }
+            Err(_) => {}
         }
     }
 }

@@ -14,6 +14,7 @@ use tokio::sync::{oneshot, watch};
 use tracing::{debug, warn};
 
 use super::seqpacket::Seqpacket;
+use crate::log::Few;
 
 /// Why a call got no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -122,6 +123,7 @@ impl Control {
     async fn read(self: Arc<Self>) {
         let mut buffer = vec![0; MAX_PACKET];
         let mut exit = None;
+        let lines = Few::default();
         loop {
             let length = match self.socket.receive(&mut buffer).await {
                 Ok((0, _)) => break,
@@ -143,7 +145,8 @@ impl Control {
                 Ok(FromVmm::Event(Event::MemorySet { memory_mib })) => {
                     self.memory_set.send_replace(memory_mib);
                 }
-                Err(error) => warn!(%error, "husk-vmm sent a message that is none"),
+                Err(error) if lines.more() => warn!(%error, "husk-vmm sent a message that is none"),
+                Err(_) => {}
             }
         }
         // Dropping the senders tells every caller.

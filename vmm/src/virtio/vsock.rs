@@ -15,6 +15,7 @@ mod connection;
 mod credit;
 mod muxer;
 mod packet;
+mod silent;
 mod socket;
 mod state;
 

@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::bridge::{Bridge, Incoming};
 use super::connection::{Connection, Key, Outcome};
 use super::packet::{HEADER_BYTES, HEADER_LEN, HOST_CID, Header, MAX_PAYLOAD, Op, TYPE_STREAM};
+use super::silent::Silent;
 use super::state::{Event, State};
 use crate::virtio::queue::{Chain, DeviceQueue};
 use crate::virtio::worker::{Fault, Handler, Poll, again, drain};
@@ -71,6 +72,7 @@ pub struct Muxer {
     bridge: Option<Bridge>,
     connections: HashMap<u64, Connection>,
     names: HashMap<Key, u64>,
+    silent: Silent,
     ready: VecDeque<u64>,
     resets: VecDeque<(Key, u16)>,
     next_id: u64,
@@ -105,6 +107,7 @@ impl Muxer {
             bridge: Some(Bridge::new(bridge)),
             connections: HashMap::new(),
             names: HashMap::new(),
+            silent: Silent::default(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             next_id: FIRST_CONNECTION,
@@ -167,6 +170,9 @@ impl Muxer {
                     } else {
                         connection.apply(Event::Broken)
                     };
+                    if header.op == Op::Data && header.len > 0 {
+                        self.silent.forget(id);
+                    }
                     self.after(id, outcome, had_backlog, poll);
                 }
             }
@@ -174,7 +180,21 @@ impl Muxer {
         Ok(())
     }
 
+    /// Ends a connection that has had its time to say something.
+    fn reset(&mut self, id: u64, poll: &Poll) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            let interest = connection.interest();
+            let outcome = connection.apply(Event::Broken);
+            self.after(id, outcome, interest, poll);
+        }
+    }
+
     fn dial_from_guest(&mut self, key: Key, header: &Header, poll: &Poll) {
+        if self.connections.len() >= MAX_CONNECTIONS
+            && let Some(oldest) = self.silent.oldest()
+        {
+            self.reset(oldest, poll);
+        }
         let offer = match &self.bridge {
             Some(bridge) if self.connections.len() < MAX_CONNECTIONS => bridge.offer(key.host),
             Some(_) => Err(io::Error::other("too many connections")),
@@ -186,11 +206,18 @@ impl Muxer {
             connection.hear(header);
             self.insert(connection, poll)
         });
-        if let Err(error) = opened {
-            if may_log_about_guest() {
-                tracing::warn!(port = key.host, %error, "vsock connection from the guest refused");
+        match opened {
+            Ok(id) => {
+                if let Some(oldest) = self.silent.opened(key.host, id) {
+                    self.reset(oldest, poll);
+                }
             }
-            self.resets.push_back((key, TYPE_STREAM));
+            Err(error) => {
+                if may_log_about_guest() {
+                    tracing::warn!(port = key.host, %error, "vsock connection from the guest refused");
+                }
+                self.resets.push_back((key, TYPE_STREAM));
+            }
         }
     }
 
@@ -350,7 +377,7 @@ impl Muxer {
 
     // --- bookkeeping ---
 
-    fn insert(&mut self, connection: Connection, poll: &Poll) -> io::Result<()> {
+    fn insert(&mut self, connection: Connection, poll: &Poll) -> io::Result<u64> {
         let id = self.next_id;
         poll.add(connection.fd(), connection.interest(), id)?;
         // There is no end to 64 bits.
@@ -358,7 +385,7 @@ impl Muxer {
         self.names.insert(connection.key(), id);
         self.connections.insert(id, connection);
         self.requeue(id);
-        Ok(())
+        Ok(id)
     }
 
     /// Puts the connection in line if it has something for the guest.
@@ -388,6 +415,7 @@ impl Muxer {
             if connection.queued {
                 self.ready.retain(|ready| *ready != id);
             }
+            self.silent.forget(id);
             // Closing the socket takes it out of the epoll set.
             self.connections.remove(&id);
             return;

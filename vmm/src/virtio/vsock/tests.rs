@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use husk_protocol::ports;
 use proptest::prelude::*;
 
 use self::driver::{Driver, End, Name, RX, TX};
@@ -263,6 +264,45 @@ fn connections_that_were_never_answered_leave_the_line() {
     driver.until(|d| d.end(stays).accepted);
     driver.write(stays, b"x");
     socket.read_exact(&mut [0; 1]).unwrap();
+}
+
+/// As a container dials that wants the pod's streams to have no place. What has said something stays, and so do the agent's own.
+#[test]
+fn those_that_say_nothing_take_no_places() {
+    let (mut driver, shim) = Driver::start();
+    let open: Vec<_> = [ports::AGENT, ports::LOG, ports::STREAM, ports::STREAM]
+        .into_iter()
+        .zip(1..)
+        .map(|name| (name, driver.open(&shim, name)))
+        .collect();
+    let silent = (ports::STREAM, 4);
+    driver.write((ports::STREAM, 3), b"token");
+    // A second one is as any other.
+    let again = (ports::AGENT, 5);
+    let _again = driver.open(&shim, again);
+    let mut dialled = Vec::new();
+    for port in 1000..4000 {
+        dialled.push(driver.open(&shim, (ports::STREAM + port % 2, port)));
+    }
+    for gone in [silent, again, (ports::STREAM, 1000)] {
+        assert!(driver.end(gone).reset, "{gone:?}");
+    }
+    for (name, mut socket) in open {
+        if name != silent {
+            assert!(!driver.end(name).reset, "{name:?}");
+            if name.0 == ports::STREAM {
+                socket.read_exact(&mut [0; 5]).unwrap();
+            }
+            driver.write(name, b"on");
+            let mut text = [0; 2];
+            socket.read_exact(&mut text).unwrap();
+            assert_eq!(&text, b"on");
+        }
+    }
+    // The newest one may still say something.
+    let newest = (ports::STREAM + 1, 3999);
+    driver.write(newest, b"x");
+    dialled.pop().unwrap().read_exact(&mut [0; 1]).unwrap();
 }
 
 /// FNV-1a, so that equality of 64 MiB is a number.
