@@ -14,6 +14,7 @@ pub mod container;
 pub mod containers;
 pub mod cpus;
 pub mod dial;
+mod directory;
 pub mod error;
 pub mod events;
 mod execs;

@@ -4,7 +4,7 @@
 //! is opened from the volume's own directory on a way without links, everything else is one name in an open directory, and
 //! no name is followed. What lies in the way of an entry is removed.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,12 +12,13 @@ use std::os::unix::ffi::OsStrExt as _;
 
 use husk_protocol::volume::TEMPORARY;
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, fstat, mkdirat,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, fstat, mkdirat,
     openat, openat2, readlinkat, renameat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
 
 use super::list::{Attributes, EntryPath, Kind, Plan};
+use crate::directory;
 use crate::error::AgentError;
 
 /// How deep a tree may be that goes: a volume's own is not; what a container has made there may be anything.
@@ -78,11 +79,11 @@ fn swap(root: &OwnedFd, path: &EntryPath, kind: &Kind) -> io::Result<()> {
 
 fn directory(at: &OwnedFd, name: &OsStr, attributes: Attributes) -> Result<OwnedFd, Errno> {
     let private = Mode::RWXU;
-    let there = match open_directory(at, name) {
-        Err(Errno::NOENT) => mkdirat(at, name, private).and_then(|()| open_directory(at, name)),
+    let there = match directory::open(at, name) {
+        Err(Errno::NOENT) => mkdirat(at, name, private).and_then(|()| directory::open(at, name)),
         Err(Errno::NOTDIR | Errno::LOOP) => remove(at, name)
             .and_then(|()| mkdirat(at, name, private))
-            .and_then(|()| open_directory(at, name)),
+            .and_then(|()| directory::open(at, name)),
         there => there,
     }?;
     set(&there, attributes)?;
@@ -149,7 +150,7 @@ pub(super) fn set(fd: impl AsFd, attributes: Attributes) -> Result<(), Errno> {
 /// Removes what is no entry: names and links first, then the directories that they led to.
 fn sweep(dir: &OwnedFd, path: &EntryPath, plan: &Plan) -> Result<(), Errno> {
     let (mut kept, mut gone) = (Vec::new(), Vec::new());
-    for name in names(dir)? {
+    for name in directory::names(dir)? {
         match plan.entries.get(&path.join(&name)) {
             Some(Kind::Directory(_)) => kept.push(name),
             Some(_) => {}
@@ -164,7 +165,7 @@ fn sweep(dir: &OwnedFd, path: &EntryPath, plan: &Plan) -> Result<(), Errno> {
         remove(dir, &name)?;
     }
     for name in kept {
-        sweep(&open_directory(dir, &name)?, &path.join(&name), plan)?;
+        sweep(&directory::open(dir, &name)?, &path.join(&name), plan)?;
     }
     Ok(())
 }
@@ -181,29 +182,11 @@ fn remove_to(at: &OwnedFd, name: &OsStr, depth: usize) -> Result<(), Errno> {
         Err(errno) => return Err(errno),
     }
     let below = depth.checked_sub(1).ok_or(Errno::NAMETOOLONG)?;
-    let dir = open_directory(at, name)?;
-    for child in names(&dir)? {
+    let dir = directory::open(at, name)?;
+    for child in directory::names(&dir)? {
         remove_to(&dir, &child, below)?;
     }
     unlinkat(at, name, AtFlags::REMOVEDIR)
-}
-
-fn names(dir: &OwnedFd) -> Result<Vec<OsString>, Errno> {
-    let mut names = Vec::new();
-    for entry in Dir::read_from(dir)? {
-        let entry = entry?;
-        let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        if name != "." && name != ".." {
-            names.push(name.to_owned());
-        }
-    }
-    Ok(names)
-}
-
-/// Opens a directory by its name in another, if it is one.
-pub(super) fn open_directory(at: impl AsFd, name: &OsStr) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    openat(at, name, flags, Mode::empty())
 }
 
 fn open_parent(root: &OwnedFd, parent: &OsStr) -> Result<OwnedFd, Errno> {

@@ -9,8 +9,9 @@ use nix::mount::{MsFlags, mount};
 use rustix::fs::{fstatfs, mkdirat};
 use rustix::io::Errno;
 
-use super::apply::{open_directory, set};
+use super::apply::set;
 use super::list::{EntryPath, Kind, Plan};
+use crate::directory;
 use crate::error::AgentError;
 use crate::huge_pages;
 
@@ -31,7 +32,7 @@ fn make_at(base: &OwnedFd, path: &Path, plan: &Plan) -> io::Result<()> {
         Err(errno) => return Err(errno.into()),
     }
     huge_pages::give()?;
-    if fstatfs(open_directory(base, name)?)?.f_type == HUGETLBFS_MAGIC {
+    if fstatfs(directory::open(base, name)?)?.f_type == HUGETLBFS_MAGIC {
         return Ok(());
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
@@ -45,7 +46,7 @@ fn make_at(base: &OwnedFd, path: &Path, plan: &Plan) -> io::Result<()> {
     )?;
     // Not by mount options: they have no set-group-ID bit, which a pod's fsGroup comes with.
     if let Some(Kind::Directory(attributes)) = plan.entries.get(&EntryPath::default()) {
-        set(open_directory(base, name)?, *attributes)?;
+        set(directory::open(base, name)?, *attributes)?;
     }
     Ok(())
 }

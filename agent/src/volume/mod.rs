@@ -18,6 +18,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::CWD;
 
+use crate::directory;
 use crate::error::AgentError;
 pub use list::Plan;
 
@@ -45,7 +46,7 @@ impl Volumes {
     pub fn sync(&self, plan: &Plan) -> Result<(), AgentError> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let base = fs::create_dir_all(&self.base)
-            .and_then(|()| Ok(apply::open_directory(CWD, self.base.as_os_str())?));
+            .and_then(|()| Ok(directory::open(CWD, self.base.as_os_str())?));
         let base =
             base.map_err(|e| AgentError::guest(format!("opening {}", self.base.display()), e))?;
         if plan.has_huge_pages {
