@@ -4,6 +4,7 @@
 //! opens each directory with `RESOLVE_NO_XDEV`: the kernel refuses to cross a mount, also a bind mount of the same
 //! file system.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
@@ -24,43 +25,79 @@ const INSIDE: ResolveFlags = ResolveFlags::NO_XDEV
     .union(ResolveFlags::BENEATH)
     .union(ResolveFlags::NO_SYMLINKS);
 
-/// Unmounts everything mounted at `root` or below it in this mount namespace, last mounted first. Returns how many mounts went.
+/// Unmounts everything mounted at `root` or below it in this mount namespace. Returns how many mounts went.
 ///
 /// # Errors
 /// The first mount that does not go; the others are tried all the same.
 pub fn unmount_below(root: &Path) -> io::Result<usize> {
     // The thread's: a namespace belongs to one.
-    let table = fs::read("/proc/thread-self/mountinfo")?;
-    let mut gone = 0;
+    let read = || fs::read("/proc/thread-self/mountinfo");
+    let count = |table: &[u8]| mounts_below(table, root).len();
+    let mut table = read()?;
+    let first = count(&table);
+    // What is mounted on top of another at the same place goes alone, and the other's turn is next.
+    loop {
+        let before = count(&table);
+        let outcome = detach(&table, root);
+        table = read()?;
+        if before == 0 || count(&table) >= before {
+            return outcome.map(|()| first.saturating_sub(before));
+        }
+    }
+}
+
+/// Detaches the mounts of a table below `root` that are in no other of these. What is mounted in them goes along, and is not
+/// looked up: its path leads through directories that a guest may have exchanged for links since the table was read.
+fn detach(table: &[u8], root: &Path) -> io::Result<()> {
+    let below = mounts_below(table, root);
+    let ids: HashSet<&[u8]> = below.iter().map(|mount| mount.id).collect();
     let mut failed = Ok(());
-    for point in mount_points(&table)
-        .into_iter()
-        .rev()
-        .filter(|p| p.starts_with(root))
-    {
-        match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) => gone += 1,
-            // Went with the one on top of it.
-            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+    for mount in below.iter().rev().filter(|m| !ids.contains(m.parent)) {
+        match umount2(
+            &mount.point,
+            MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
+        ) {
+            // Gone by itself.
+            Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
             Err(e) if failed.is_ok() => {
                 failed = Err(io::Error::new(
                     io::Error::from(e).kind(),
-                    format!("cannot unmount {}: {e}", point.display()),
+                    format!("cannot unmount {}: {e}", mount.point.display()),
                 ));
             }
             Err(_) => {}
         }
     }
-    failed.map(|()| gone)
+    failed
 }
 
-/// The mount points of a mountinfo table (proc(5)), in the order they were mounted.
-fn mount_points(table: &[u8]) -> Vec<PathBuf> {
-    let field = |line: &[u8]| line.split(|&b| b == b' ').nth(4).map(unescape);
+/// A line of mountinfo, as far as it matters here.
+struct Mount<'a> {
+    id: &'a [u8],
+    parent: &'a [u8],
+    point: PathBuf,
+}
+
+fn mounts_below<'a>(table: &'a [u8], root: &Path) -> Vec<Mount<'a>> {
+    let mut mounts = mounts(table);
+    mounts.retain(|mount| mount.point.starts_with(root));
+    mounts
+}
+
+/// The mounts of a mountinfo table (proc(5)), in the order they were mounted.
+fn mounts(table: &[u8]) -> Vec<Mount<'_>> {
     table
         .split(|&b| b == b'\n')
-        .filter_map(field)
-        .map(|p| PathBuf::from(OsString::from_vec(p)))
+        .filter_map(|line| {
+            let mut fields = line.split(|&b| b == b' ');
+            let (id, parent) = (fields.next()?, fields.next()?);
+            let point = fields.nth(2).map(unescape)?;
+            Some(Mount {
+                id,
+                parent,
+                point: PathBuf::from(OsString::from_vec(point)),
+            })
+        })
         .collect()
 }
 
@@ -241,7 +278,10 @@ mod tests {
         let table = b"36 35 98:0 / / rw - ext4 /dev/sda rw\n\
             37 36 0:5 /x /run/a\\040b\\134c rw,noatime shared:1 master:2 - tmpfs t rw\nshort\n\n";
         assert_eq!(
-            mount_points(table),
+            mounts(table)
+                .into_iter()
+                .map(|m| m.point)
+                .collect::<Vec<_>>(),
             [PathBuf::from("/"), PathBuf::from("/run/a b\\c")]
         );
     }
@@ -287,6 +327,36 @@ mod tests {
         assert!(volume.join("keep").exists());
     }
 
+    /// A volume with a mount of its own below it, to which the guest writes while its pod is cleared away.
+    #[test]
+    fn a_mount_is_not_looked_up_below_a_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["tree/mnt", "volume/middle/deep", "outside/deep", "other"] {
+            fs::create_dir_all(at(name)).unwrap();
+        }
+        let bind = |from: &str, to: &str| {
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+            mount(Some(&at(from)), &at(to), None::<&str>, flags, None::<&str>).unwrap();
+        };
+        bind("other", "volume/middle/deep");
+        bind("other", "outside/deep");
+        bind("volume", "tree/mnt");
+        let mounted = |below: &str| {
+            let table = fs::read("/proc/thread-self/mountinfo").unwrap();
+            mounts_below(&table, &at(below)).len()
+        };
+        let table = fs::read("/proc/thread-self/mountinfo").unwrap();
+        assert_eq!(mounts_below(&table, &at("tree")).len(), 2);
+        // After the table has been read.
+        fs::rename(at("volume/middle"), at("volume/away")).unwrap();
+        std::os::unix::fs::symlink(at("outside"), at("volume/middle")).unwrap();
+        detach(&table, &at("tree")).unwrap();
+        assert_eq!((mounted("tree"), mounted("outside")), (0, 1));
+        unmount_below(dir.path()).unwrap();
+        assert_eq!(mounted(""), 0);
+    }
+
     #[test]
     fn what_is_absent_is_fine() {
         let gone = Path::new("/no/such/thing");
@@ -309,7 +379,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_table_is_survived(table in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let _ = mount_points(&table);
+            let _ = mounts(&table);
         }
     }
 }
