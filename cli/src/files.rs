@@ -229,6 +229,21 @@ mod tests {
         assert_eq!(read(&layers, "etc/group").unwrap(), "");
     }
 
+    /// CVE-2026-47262.
+    #[test]
+    fn an_endless_file_is_read_in_part() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("etc")).unwrap();
+        fs::write(dir.path().join("etc/group"), GROUP).unwrap();
+        let endless = File::options()
+            .write(true)
+            .open(dir.path().join("etc/group"));
+        endless.unwrap().set_len(8 << 30).unwrap();
+        let text = read(&[dir.path().to_owned()], "etc/group").unwrap();
+        assert_eq!(text.len() as u64, MOST);
+        assert_eq!(identity_in(PASSWD, &text, "app").unwrap().groups, [10, 44]);
+    }
+
     /// A pipe that nobody writes to would hold up who opens it; the host's devices are opened by their nodes.
     #[test]
     fn what_is_no_file_is_not_opened() {

@@ -132,6 +132,24 @@ mod tests {
         assert!(find_name("nobody", PASSWD, GROUP).is_none());
     }
 
+    /// As an image may have them: CVE-2026-47262.
+    #[test]
+    fn an_endless_file_is_read_in_part_and_what_is_no_file_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(at("group"), GROUP).unwrap();
+        let endless = OpenOptions::new().write(true).open(at("group")).unwrap();
+        endless.set_len(8 << 30).unwrap();
+        let text = read(&at("group"));
+        assert_eq!(text.len() as u64, MAX_FILE);
+        assert_eq!(find_name("www", PASSWD, &text).unwrap().groups, [4, 50]);
+        // Nobody writes to the pipe: to wait for it would be for good.
+        nix::unistd::mkfifo(at("pipe").as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for name in [&at("pipe"), &at("none"), "/dev/zero", "/etc"] {
+            assert_eq!(read(name), "");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_file_is_read(passwd in ".{0,80}", group in ".{0,80}", name in ".{0,8}") {

@@ -10,6 +10,7 @@
 )]
 
 mod cgroups;
+mod escapes;
 mod filesystem;
 mod limits;
 mod namespaces;
