@@ -1,7 +1,10 @@
 //! The agent in the guest, as the rest of the shim calls it.
 //!
 //! The guest may be dead, wedged or hostile, so every call has a bound and ends with the VM: an answer always comes, if only
-//! the reason why there is none. Errors of the agent pass through with their code and words.
+//! the reason why there is none. Errors of the agent pass through with their code and words, cut and cleaned; frames that are no answers
+//! end the connection, and the VM with it ([`frames`]).
+
+mod frames;
 
 use std::{future::Future, time::Duration};
 
@@ -15,6 +18,7 @@ use husk_protocol::agent::{
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{r#async::Client, asynchronous::transport::Socket, context::Context};
 
+use self::frames::Answers;
 use crate::{error::TaskError, phase::PhaseWatch};
 
 /// Bound of a call that sets something up: it reads the container's files and may run on a starved CPU.
@@ -46,7 +50,7 @@ impl Agent {
     /// Speaks over the connection that the agent has dialled. Must be called within a tokio runtime.
     pub fn new(stream: UnixStream, pod: PhaseWatch) -> Self {
         Self {
-            client: AgentClient::new(Client::new(Socket::from(stream))),
+            client: AgentClient::new(Client::new(Socket::new(Answers::new(stream)))),
             pod,
         }
     }
@@ -76,7 +80,7 @@ impl Agent {
         match result {
             Ok(answer) => Ok(answer),
             Err(ttrpc::Error::RpcStatus(status)) => {
-                Err(TaskError::of_guest(status.code(), status.message))
+                Err(TaskError::of_guest(status.code(), &status.message))
             }
             Err(broken) => match timeout(NEWS, self.pod.gone()).await {
                 Ok(reason) => Err(vm_gone(doing, &reason)),
@@ -395,3 +399,6 @@ fn container(id: &str) -> ContainerRequest {
 fn vm_gone(doing: &str, reason: &str) -> TaskError {
     TaskError::failed(format!("{doing}: the VM has ended: {reason}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,9 @@
 
 use ttrpc::{Code, proto::Status};
 
+/// The most characters of a guest's message: a path of the longest, and what is wrong with it.
+const MAX_WORDS: usize = 6000;
+
 /// A refused or failed call.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
@@ -21,11 +24,17 @@ impl TaskError {
         }
     }
 
-    /// What the agent has answered.
-    pub fn of_guest(code: Code, message: impl Into<String>) -> Self {
+    /// What the agent has answered. Its words go to the engine and on to somebody's terminal, so they are cut to [`MAX_WORDS`] characters,
+    /// and control characters are made harmless.
+    pub fn of_guest(code: Code, message: &str) -> Self {
+        let words = message.chars().take(MAX_WORDS).map(|c| match c {
+            '\n' | '\t' => c,
+            c if c.is_control() => char::REPLACEMENT_CHARACTER,
+            c => c,
+        });
         Self {
             from_guest: true,
-            ..Self::new(code, message)
+            ..Self::new(code, words.collect::<String>())
         }
     }
 
@@ -108,4 +117,17 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_words_are_cut_and_cleaned() {
+        let error = TaskError::of_guest(Code::INTERNAL, "a\x1b[2Jb\nc");
+        assert_eq!(error.message(), "a\u{fffd}[2Jb\nc");
+        let error = TaskError::of_guest(Code::INTERNAL, &"ä".repeat(3 << 20));
+        assert_eq!(error.message().chars().count(), MAX_WORDS);
+    }
 }

@@ -1,6 +1,6 @@
 //! What the Task API asks of a container besides Create and Start.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use husk_protocol::agent::ContainerStatsResponse;
 use tokio::time::timeout;
@@ -18,6 +18,9 @@ use crate::{
 
 /// How long a created container that is deleted may take to die.
 const KILL_GRACE: Duration = Duration::from_secs(5);
+
+/// How long the end of a container that was killed may take. Long: it may wait for a disk of the host's, and the rest of its pod with it.
+const UNREPORTED: Duration = Duration::from_secs(300);
 
 impl Container {
     /// Kill.
@@ -53,8 +56,36 @@ impl Container {
             Err(_) if matches!(self.sandbox.phase().now(), Phase::Gone { .. }) => Err(
                 TaskError::not_found("process already finished: the VM has ended"),
             ),
+            Ok(()) if signal == SIGKILL && exec_id.is_empty() => {
+                self.expect_end();
+                Ok(())
+            }
             answer => answer,
         }
+    }
+
+    /// A container that was killed ends, or its VM does: an agent that says yes and reports no end would keep its pod from going for good.
+    fn expect_end(&self) {
+        let Ok(mut over) = self.watch("") else { return };
+        let (sandbox, id) = (Arc::clone(&self.sandbox), self.id.clone());
+        tokio::spawn(async move {
+            let phase = sandbox.phase();
+            let ended = async {
+                tokio::select! {
+                    _ = over.wait_for(Option::is_some) => {}
+                    _ = phase.gone() => {}
+                }
+            };
+            if timeout(UNREPORTED, ended).await.is_err() {
+                warn!(
+                    container = id,
+                    "the guest does not report the end of what was killed, its VM is ended"
+                );
+                sandbox
+                    .kill("the guest did not report the end of a container that was killed")
+                    .await;
+            }
+        });
     }
 
     /// Exec: adds a process, started by [`Self::start`].

@@ -154,9 +154,11 @@ impl Container {
 }
 
 fn exit_of(response: &WaitProcessResponse) -> Exit {
+    let now = SystemTime::now();
     let at = match response.exited_at_ns {
-        0 => SystemTime::now(),
-        ns => SystemTime::UNIX_EPOCH + Duration::from_nanos(ns),
+        0 => now,
+        // What has ended has not ended later than now, whatever the guest's clock says.
+        ns => (SystemTime::UNIX_EPOCH + Duration::from_nanos(ns)).min(now),
     };
     Exit {
         status: response.exit_status.min(255),
@@ -201,5 +203,13 @@ mod tests {
         let exit = exit_of(&response);
         assert_eq!(exit.at, SystemTime::UNIX_EPOCH + Duration::from_secs(1));
         assert_eq!(exit.status, 3);
+        let absurd = WaitProcessResponse {
+            exit_status: u32::MAX,
+            exited_at_ns: u64::MAX,
+            ..Default::default()
+        };
+        let exit = exit_of(&absurd);
+        assert!(exit.at <= SystemTime::now());
+        assert_eq!(exit.status, 255);
     }
 }

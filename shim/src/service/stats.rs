@@ -10,7 +10,9 @@ use containerd_shim_protos::{
     cgroups_v2::metrics as v2,
     protobuf::{Message, well_known_types::any::Any},
 };
-use husk_protocol::agent::{ContainerStatsResponse, CpuStats, MemoryStats, PidsStats};
+use husk_protocol::agent::{
+    ContainerStatsResponse, CpuStats, HugetlbStats, MemoryStats, PidsStats,
+};
 
 /// containerd's type name, without a prefix: it compares the whole string.
 const V2_URL: &str = "io.containerd.cgroups.v2.Metrics";
@@ -76,6 +78,16 @@ pub fn of_process(pid: u32, memory_limit: u64) -> io::Result<ContainerStatsRespo
     })
 }
 
+/// Most devices that a guest may tell of: each becomes a time series of containerd's metrics.
+const MAX_DEVICES: usize = 256;
+
+/// Its huge pages, of the sizes that there are on any machine and under their names.
+fn page_sizes(stats: &ContainerStatsResponse) -> impl Iterator<Item = &HugetlbStats> {
+    const SIZES: [&str; 4] = ["64KB", "2MB", "32MB", "1GB"];
+    let is_known = |pages: &&HugetlbStats| SIZES.contains(&pages.page_size.as_str());
+    stats.hugetlb.iter().filter(is_known).take(SIZES.len())
+}
+
 struct Named<'a>(&'a HashMap<String, u64>);
 
 impl Named<'_> {
@@ -85,7 +97,7 @@ impl Named<'_> {
 }
 
 fn v2_metrics(stats: &ContainerStatsResponse) -> v2::Metrics {
-    let io = stats.io.iter().map(|io| v2::IOEntry {
+    let io = stats.io.iter().take(MAX_DEVICES).map(|io| v2::IOEntry {
         major: io.major,
         minor: io.minor,
         rbytes: io.rbytes,
@@ -94,7 +106,7 @@ fn v2_metrics(stats: &ContainerStatsResponse) -> v2::Metrics {
         wios: io.wios,
         ..Default::default()
     });
-    let hugetlb = stats.hugetlb.iter().map(|h| v2::HugeTlbStat {
+    let hugetlb = page_sizes(stats).map(|h| v2::HugeTlbStat {
         current: h.current,
         max: h.max,
         pagesize: h.page_size.clone(),
@@ -155,10 +167,12 @@ fn v2_memory(memory: &MemoryStats) -> v2::MemoryStat {
         pgfault: stat.get("pgfault"),
         pgmajfault: stat.get("pgmajfault"),
         // Split into anon and file since Linux 5.9.
-        workingset_refault: stat.get("workingset_refault_anon")
-            + stat.get("workingset_refault_file"),
-        workingset_activate: stat.get("workingset_activate_anon")
-            + stat.get("workingset_activate_file"),
+        workingset_refault: stat
+            .get("workingset_refault_anon")
+            .saturating_add(stat.get("workingset_refault_file")),
+        workingset_activate: stat
+            .get("workingset_activate_anon")
+            .saturating_add(stat.get("workingset_activate_file")),
         workingset_nodereclaim: stat.get("workingset_nodereclaim"),
         pgrefill: stat.get("pgrefill"),
         pgscan: stat.get("pgscan"),
@@ -252,6 +266,8 @@ fn v1_metrics(stats: &ContainerStatsResponse) -> v1::Metrics {
 
 #[cfg(test)]
 mod tests {
+    use husk_protocol::agent::IoStats;
+
     use super::*;
 
     #[test]
@@ -316,5 +332,51 @@ mod tests {
             ),
             (7000, 4096, 5)
         );
+    }
+
+    /// A guest may say anything: sums do not overflow, and containerd does not get a series for each thing that a guest can think of.
+    #[test]
+    fn absurd_figures_are_carried_and_absurd_lists_are_not() {
+        let stat = [
+            "workingset_refault_anon",
+            "workingset_refault_file",
+            "workingset_activate_anon",
+            "workingset_activate_file",
+        ];
+        let stats = ContainerStatsResponse {
+            cpu: Some(CpuStats {
+                usage_usec: u64::MAX,
+                throttled_usec: u64::MAX,
+                ..Default::default()
+            })
+            .into(),
+            memory: Some(MemoryStats {
+                stat: stat.map(|name| (name.to_owned(), u64::MAX)).into(),
+                ..Default::default()
+            })
+            .into(),
+            io: vec![IoStats::default(); 100_000],
+            hugetlb: ["2MB", "1GB", "x", "2MB"]
+                .into_iter()
+                .cycle()
+                .take(1000)
+                .map(|size| HugetlbStats {
+                    page_size: size.to_owned(),
+                    ..Default::default()
+                })
+                .collect(),
+            ..Default::default()
+        };
+        let any = metrics(&stats, true).unwrap();
+        let new = v2::Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(new.memory.workingset_refault, u64::MAX);
+        assert_eq!(new.memory.workingset_activate, u64::MAX);
+        assert_eq!(new.io.usage.len(), MAX_DEVICES);
+        let sizes: Vec<_> = new.hugetlb.iter().map(|h| h.pagesize.as_str()).collect();
+        assert_eq!(sizes, ["2MB", "1GB", "2MB", "2MB"]);
+        let any = metrics(&stats, false).unwrap();
+        let old = v1::Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(old.cpu.usage.total, u64::MAX);
+        assert_eq!(old.cpu.throttling.throttled_time, u64::MAX);
     }
 }

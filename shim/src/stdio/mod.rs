@@ -31,6 +31,13 @@ use target::Target;
 /// How long [`Stdio::drained`] waits while nothing moves.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long it waits in all: a guest may let the last of it come byte by byte.
+const DRAIN_LIMIT: Duration = Duration::from_secs(120);
+
+/// Most bytes between the agent and here once it has told of a process's end: the credit of a vsock connection, a socket's buffer and a
+/// [`copy`]'s, several times over. A guest that tells of more is not believed.
+const MAX_UNDERWAY: u64 = 4 << 20;
+
 /// One of a process's streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StreamKind {
@@ -161,20 +168,26 @@ impl Stdio {
         self.closing_stdin.send_replace(true);
     }
 
-    /// Waits until that many bytes of each stream have been handed on. Gives up on a stream that does not move for 10 s.
+    /// Waits until that many bytes of each stream have been handed on. Gives up on a stream that does not move for 10 s, and on both after
+    /// two minutes.
     pub async fn drained(&self, stdout_bytes: u64, stderr_bytes: u64) {
-        tokio::join!(
-            reached(
-                StreamKind::Stdout,
-                self.stdout_progress.subscribe(),
-                stdout_bytes
-            ),
-            reached(
-                StreamKind::Stderr,
-                self.stderr_progress.subscribe(),
-                stderr_bytes
-            ),
-        );
+        let all = async {
+            tokio::join!(
+                reached(
+                    StreamKind::Stdout,
+                    self.stdout_progress.subscribe(),
+                    stdout_bytes
+                ),
+                reached(
+                    StreamKind::Stderr,
+                    self.stderr_progress.subscribe(),
+                    stderr_bytes
+                ),
+            )
+        };
+        if tokio::time::timeout(DRAIN_LIMIT, all).await.is_err() {
+            warn!("output has come slowly for {DRAIN_LIMIT:?}: its rest may be lost");
+        }
     }
 
     /// Lets go of every end; the client sees EOF. For Delete. Idempotent, also done by drop.
@@ -203,6 +216,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 async fn reached(kind: StreamKind, mut progress: watch::Receiver<Progress>, bytes: u64) {
+    let underway = progress.borrow().forwarded.saturating_add(MAX_UNDERWAY);
+    let bytes = bytes.min(underway);
     loop {
         let now = *progress.borrow_and_update();
         if now.ended || now.forwarded >= bytes {

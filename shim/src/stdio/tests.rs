@@ -358,3 +358,59 @@ async fn a_terminal_has_no_stderr_and_close_ends_everything() {
     // A process of a closed Stdio has nothing to wait for.
     stdio.drained(1 << 30, 1 << 30).await;
 }
+
+/// What a guest says of its output is not believed beyond what can be underway.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_talks_on_keeps_nobody_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = StdioPaths {
+        stdout: format!("file://{}", dir.path().join("log").display()),
+        ..Default::default()
+    };
+    let stdio = open(&paths).await;
+    let mut guest = join(&stdio, StreamKind::Stdout);
+    let block = vec![b'x'; 1 << 16];
+    let flood = async { while guest.write_all(&block).await.is_ok() {} };
+    tokio::select! {
+        () = flood => panic!("the stream ended"),
+        () = stdio.drained(u64::MAX, 0) => {}
+    }
+    // Nor does one that lets it come byte by byte.
+    let begin = tokio::time::Instant::now();
+    let drip = async {
+        loop {
+            guest.write_all(b"x").await.unwrap();
+            tokio::time::sleep(DRAIN_PATIENCE / 2).await;
+        }
+    };
+    tokio::select! {
+        () = drip => {}
+        () = stdio.drained(u64::MAX, 0) => {}
+    }
+    assert_eq!(begin.elapsed(), DRAIN_LIMIT);
+}
+
+/// Memory of the shim's is no place for what a client does not take.
+#[tokio::test(start_paused = true)]
+async fn what_a_client_does_not_read_stays_in_the_guest() {
+    let fifos = Fifos::new();
+    let stdio = open(&fifos.paths()).await;
+    let _client = OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(fifos.path("stdout"))
+        .unwrap();
+    let mut guest = join(&stdio, StreamKind::Stdout);
+    let block = vec![b'x'; 1 << 12];
+    let mut taken = 0;
+    let flood = async {
+        loop {
+            guest.write_all(&block).await.unwrap();
+            taken += block.len();
+        }
+    };
+    // It ends when nothing moves any more.
+    let stuck: Result<(), _> = tokio::time::timeout(Duration::from_secs(3600), flood).await;
+    assert!(stuck.is_err());
+    assert!(taken < 1 << 20, "{taken}");
+}

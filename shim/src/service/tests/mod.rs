@@ -8,7 +8,10 @@ mod sandbox_api;
 mod volumes;
 mod world;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use containerd_shim_protos::{
     api::{
@@ -382,6 +385,25 @@ async fn calls_answer_when_the_guest_does_not() {
     w.kill("", 9).await.unwrap();
     assert_eq!(w.wait("").await.unwrap(), 137);
     assert!(w.tasks.sandbox().phase().gone().await.contains("SIGKILL"));
+}
+
+/// Else its pod could not be removed: engines wait for the end of what they have killed.
+#[tokio::test]
+async fn a_guest_that_only_says_that_it_kills_loses_its_vm() {
+    let w = World::new().await;
+    w.create().await.unwrap();
+    w.start("").await.unwrap();
+    w.guest.spares.store(true, Ordering::Relaxed);
+    w.kill("", 15).await.unwrap();
+    w.kill("", 9).await.unwrap();
+    tokio::time::pause();
+    // The bound of this wait is shorter than the guest's.
+    let _ = timeout(Duration::from_secs(200), std::future::pending::<()>()).await;
+    assert_eq!(w.status("").await.unwrap(), Status::RUNNING);
+    let reason = w.tasks.sandbox().phase().gone().await;
+    assert!(reason.contains("did not report the end"), "{reason}");
+    tokio::time::resume();
+    assert_eq!(w.wait("").await.unwrap(), 137);
 }
 
 #[tokio::test]

@@ -59,6 +59,8 @@ pub struct Guest {
     exits: Mutex<Exits>,
     /// Calls, oldest first: "method container exec".
     pub calls: Mutex<Vec<String>>,
+    /// Says that it has killed, and has not.
+    pub spares: std::sync::atomic::AtomicBool,
     /// Every call but these hangs.
     pub deaf: watch::Sender<bool>,
     /// StartContainer and ExecProcess fail with this.
@@ -357,7 +359,7 @@ impl Agent for FakeAgent {
         self.0
             .called(format!("signal {id} {exec} {signal} {}", request.all))
             .await;
-        if signal == 9 {
+        if signal == 9 && !self.0.spares.load(std::sync::atomic::Ordering::Relaxed) {
             let all: Vec<_> = self.0.exits.lock().unwrap().keys().cloned().collect();
             for (container, process) in all {
                 if container == id && (request.all || process == exec) {
@@ -595,7 +597,12 @@ impl World {
 
     /// With a network namespace of this path; none: a new one.
     pub async fn in_network(guest: Arc<Guest>, fault: Fault, netns: &str) -> Self {
-        Self::configured(guest, fault, impatient(), in_netns(netns)).await
+        // On a busy machine a guest that does come up takes its time.
+        let config = match fault {
+            Fault::Silent => impatient(),
+            Fault::None | Fault::Spawn => Config::default(),
+        };
+        Self::configured(guest, fault, config, in_netns(netns)).await
     }
 
     /// With the node's settings, and `linux` of the first container's spec.
