@@ -14,6 +14,8 @@ mod copy_up;
 mod devices;
 pub(crate) mod error;
 mod exec_lookup;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod hooks;
 mod identity;
 mod init;

@@ -227,6 +227,15 @@ impl NicHandle {
         }
         self.link.attach(Taps::adopt(fds)?, vhosts)
     }
+
+    /// Connects the device to a non-blocking socket that keeps packets apart.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    #[cfg(feature = "fuzzing")]
+    pub fn attach_socket(&self, socket: OwnedFd) -> Result<(), AttachError> {
+        self.link.attach(Taps::unchecked(socket), vec![])
+    }
 }
 
 /// Why a network device was not connected.

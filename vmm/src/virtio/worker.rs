@@ -10,17 +10,21 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+#[cfg(not(feature = "fuzzing"))]
 use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+#[cfg(feature = "fuzzing")]
+use self::fuzzing::{JoinHandle, start};
 use super::queue::QueueError;
 use super::{ActivateError, Interrupt, may_log_about_guest};
 use crate::jail::seccomp::{Kind, SeccompError};
 use crate::sentence;
 
 /// Device threads call neither deep nor recursively; untouched stack costs nothing but address space.
+#[cfg(not(feature = "fuzzing"))]
 const STACK_SIZE: usize = 512 * 1024;
 
 /// The stop event's token; handlers count theirs from 0.
@@ -149,24 +153,31 @@ impl Worker {
             poll.add(worker.stop.as_raw_fd(), EventSet::IN, STOP)
                 .map_err(failed)?;
             handler.register(&poll).map_err(failed)?;
-            let interrupt = Arc::clone(interrupt);
             let stop = worker.stop.try_clone().map_err(failed)?;
-            let thread = std::thread::Builder::new()
-                .name(name.to_owned())
-                .stack_size(STACK_SIZE)
-                .spawn(move || {
-                    let confined = kind.confine().map_err(Fault::Seccomp);
-                    if let Err(fault) = confined.and_then(|()| run(&mut handler, &poll)) {
-                        // The device is what stops, not this share of it. It cannot block: nobody writes often.
-                        let _ = stop.write(1);
-                        tell(&fault, name, &*interrupt);
-                    }
-                })
-                .map_err(failed)?;
-            worker.threads.push(thread);
+            let thread = start(kind, handler, poll, stop, Arc::clone(interrupt));
+            worker.threads.push(thread.map_err(failed)?);
         }
         Ok(worker)
     }
+}
+
+#[cfg(not(feature = "fuzzing"))]
+fn start(
+    kind: Kind,
+    mut handler: impl Handler,
+    poll: Poll,
+    stop: EventFd,
+    interrupt: Arc<dyn Interrupt>,
+) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(kind.name().to_owned())
+        .stack_size(STACK_SIZE)
+        .spawn(move || {
+            let confined = kind.confine().map_err(Fault::Seccomp);
+            if let Err(fault) = confined.and_then(|()| run(&mut handler, &poll)) {
+                end(&fault, kind.name(), &stop, &*interrupt);
+            }
+        })
 }
 
 impl Drop for Worker {
@@ -178,6 +189,13 @@ impl Drop for Worker {
             let _ = thread.join();
         }
     }
+}
+
+/// What follows from the end of one of a device's threads.
+fn end(fault: &Fault, device: &str, stop: &EventFd, interrupt: &dyn Interrupt) {
+    // The device is what stops, not this share of it. It cannot block: nobody writes often.
+    let _ = stop.write(1);
+    tell(fault, device, interrupt);
 }
 
 /// Tells whoever has to know that a device's thread has ended.
@@ -198,29 +216,51 @@ fn tell(fault: &Fault, device: &str, interrupt: &dyn Interrupt) {
     }
 }
 
+#[cfg(not(feature = "fuzzing"))]
 fn run(handler: &mut impl Handler, poll: &Poll) -> Result<(), Fault> {
     handler.enter()?;
+    while turn(handler, poll, -1)? != Turn::Stop {}
+    Ok(())
+}
+
+/// What there was in one look at the events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// Nothing within the time.
+    Nothing,
+    /// Something, and the handler has had it.
+    Done,
+    /// The stop event.
+    Stop,
+}
+
+/// Waits for events, at most so many milliseconds (without end: -1), and has the handler do what follows from them.
+fn turn<H: Handler + ?Sized>(
+    handler: &mut H,
+    poll: &Poll,
+    milliseconds: i32,
+) -> Result<Turn, Fault> {
     let mut events = [EpollEvent::default(); BATCH];
-    loop {
-        let count = match poll.epoll.wait(-1, &mut events) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(source) => {
-                return Err(Fault::Host {
-                    what: "waiting for events",
-                    source,
-                });
-            }
-        };
-        for event in events.iter().take(count) {
-            if event.data() == STOP {
-                return Ok(());
-            }
-            let set = EventSet::from_bits_truncate(event.events());
-            handler.ready(poll, event.data(), set)?;
+    let count = match poll.epoll.wait(milliseconds, &mut events) {
+        Ok(0) => return Ok(Turn::Nothing),
+        Ok(count) => count,
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Turn::Nothing),
+        Err(source) => {
+            return Err(Fault::Host {
+                what: "waiting for events",
+                source,
+            });
         }
-        handler.settle(poll)?;
+    };
+    for event in events.iter().take(count) {
+        if event.data() == STOP {
+            return Ok(Turn::Stop);
+        }
+        let set = EventSet::from_bits_truncate(event.events());
+        handler.ready(poll, event.data(), set)?;
     }
+    handler.settle(poll)?;
+    Ok(Turn::Done)
 }
 
 /// Takes the signals off an eventfd.
@@ -234,6 +274,9 @@ pub fn again(kick: &EventFd) {
     // EAGAIN: kicked already.
     let _ = kick.write(1);
 }
+
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 
 #[cfg(test)]
 mod tests {
