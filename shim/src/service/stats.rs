@@ -279,6 +279,37 @@ mod tests {
         assert!(of_process(u32::MAX, 0).is_err());
     }
 
+    /// The figures are the guest's, which may say anything.
+    #[test]
+    fn figures_of_any_size_are_carried() {
+        let names = [
+            "workingset_refault_anon",
+            "workingset_refault_file",
+            "workingset_activate_anon",
+            "workingset_activate_file",
+        ];
+        let stats = ContainerStatsResponse {
+            cpu: Some(CpuStats {
+                usage_usec: u64::MAX,
+                ..Default::default()
+            })
+            .into(),
+            memory: Some(MemoryStats {
+                stat: names.map(|name| (name.into(), u64::MAX)).into(),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        let any = metrics(&stats, true).unwrap();
+        let new = v2::Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(new.memory.workingset_refault, u64::MAX);
+        assert_eq!(new.memory.workingset_activate, u64::MAX);
+        let any = metrics(&stats, false).unwrap();
+        let old = v1::Metrics::parse_from_bytes(&any.value).unwrap();
+        assert_eq!(old.cpu.usage.total, u64::MAX);
+    }
+
     #[test]
     fn both_versions_carry_the_same_figures() {
         let stats = ContainerStatsResponse {
