@@ -6,10 +6,11 @@
 use std::{
     collections::BTreeMap,
     fs,
+    hash::{BuildHasher as _, RandomState},
     os::unix::fs::{MetadataExt as _, symlink},
     path::{Path, PathBuf},
     sync::{
-        Mutex,
+        Mutex, OnceLock,
         mpsc::{Receiver, Sender, channel},
     },
     thread,
@@ -80,6 +81,12 @@ impl<T: Send + 'static> Sandbox<T> {
     }
 }
 
+/// What files outside hold. Another in each process, so that no input has it.
+pub fn secret() -> &'static str {
+    static SECRET: OnceLock<String> = OnceLock::new();
+    SECRET.get_or_init(|| format!("{:016x}", RandomState::new().hash_one("secret")))
+}
+
 fn enter() {
     let none = None::<&str>;
     // CLONE_NEWNS takes CLONE_FS along: the root of the other threads, which write the corpus, stays.
@@ -101,8 +108,8 @@ fn enter() {
     chroot(PLACE).unwrap();
     std::env::set_current_dir("/").unwrap();
     fs::create_dir_all("/outside/dir").unwrap();
-    fs::write("/outside/file", "kept").unwrap();
-    fs::write("/outside/dir/a", "kept").unwrap();
+    fs::write("/outside/file", secret()).unwrap();
+    fs::write("/outside/dir/a", secret()).unwrap();
     symlink("file", "/outside/link").unwrap();
     fs::create_dir(INSIDE).unwrap();
 }
