@@ -200,6 +200,8 @@ fn launch(
 fn build(config: VmConfig, fds: &mut Inherited, started: u64) -> Result<Vm, String> {
     let users = fds.take_users(&config).map_err(|e| sentence(&e))?;
     let mut parts = Parts::inherit(config, fds).map_err(|e| sentence(&e))?;
+    #[cfg(feature = "weakened")]
+    crate::weakened::choose(&parts.kernel_params);
     jail::enter(&mut parts.shares, users).map_err(|e| sentence(&e))?;
     Vm::launch(parts, started).map_err(|e| sentence(&e))
 }

@@ -23,6 +23,8 @@ pub mod starter;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+#[cfg(feature = "weakened")]
+pub mod weakened;
 
 /// An error and its causes as one sentence for a person: `cannot do this: because of that`.
 #[must_use]

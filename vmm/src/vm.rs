@@ -174,6 +174,8 @@ impl Vm {
         let ending = Arc::new(Ending::new().map_err(host("make an eventfd"))?);
         let console = Console::new(parts.console).map_err(host("start the console's thread"))?;
         let ports = ports(&machine, &console, &ending)?;
+        #[cfg(feature = "weakened")]
+        let ports = crate::weakened::with_door(ports, &all_memory, &starter)?;
         let memory = GuestMemory::new(all_memory);
         let (balloon, balloon_handle) = Balloon::new(&memory);
         let (nics, nic_handles) = nics::devices(&parts.nics);

@@ -66,6 +66,10 @@ pub fn enter(shares: &mut [Share], users: Option<OwnedFd>) -> Result<(), JailErr
         other => return Err(JailError::PidNamespace(other)),
     }
     privileges::raise_descriptor_limit()?;
+    #[cfg(feature = "weakened")]
+    if crate::weakened::Safeguard::Jail.is_left_out() {
+        return Ok(());
+    }
     root::enter(shares)?;
     // The namespaces made until now are not this one's, whose capabilities say nothing of them.
     if let Some(users) = users {

@@ -82,6 +82,10 @@ impl Kind {
     /// # Errors
     /// [`SeccompError`]; the thread must not go on then.
     pub fn confine(self) -> Result<(), SeccompError> {
+        #[cfg(feature = "weakened")]
+        if crate::weakened::Safeguard::Seccomp.is_left_out() {
+            return Ok(());
+        }
         if !ARMED.load(Ordering::SeqCst) {
             return Ok(());
         }

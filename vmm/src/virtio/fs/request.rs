@@ -80,6 +80,10 @@ pub fn check(request: &[u8]) -> Result<(), i32> {
         for _ in 0..count {
             let end = rest.iter().position(|b| *b == 0).ok_or(libc::EINVAL)?;
             let (name, after) = rest.split_at(end);
+            #[cfg(feature = "weakened")]
+            if crate::weakened::Safeguard::Names.is_left_out() {
+                break;
+            }
             if name.is_empty() || name == b"." || name == b".." || name.contains(&b'/') {
                 return Err(libc::EINVAL);
             }
