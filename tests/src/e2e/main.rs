@@ -26,6 +26,7 @@ mod exec;
 mod faults;
 mod features;
 mod growth;
+mod hostile;
 mod io;
 mod isolation;
 mod kubelet;
@@ -141,6 +142,8 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("faults", true, faults::TESTS),
     // They change the settings of the node.
     ("growth", true, growth::TESTS),
+    // What they leave is looked for.
+    ("hostile", true, hostile::TESTS),
     ("deploy", true, deploy::TESTS),
     ("cli", false, cli::TESTS),
     // They look for what is left.
