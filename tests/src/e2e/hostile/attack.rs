@@ -100,6 +100,16 @@ impl Attack {
         })
     }
 
+    /// The host's directory.
+    pub fn canary(&self) -> &Path {
+        self.canary.path()
+    }
+
+    /// The directory that the pod is given.
+    pub fn volume(&self) -> &Path {
+        self.volume.path()
+    }
+
     /// Is all as it was put there?
     pub fn nothing_moved(&self) -> Result<()> {
         let after = tree(self.canary.path())?;
@@ -206,7 +216,7 @@ fn line(line: &str) -> Option<String> {
 }
 
 /// Names, kinds, modes, owners, times and contents of all that is below a directory, and of itself.
-fn tree(at: &Path) -> Result<String> {
+pub fn tree(at: &Path) -> Result<String> {
     let found = fs::symlink_metadata(at)?;
     let contents = if found.is_file() {
         sha256(&fs::read(at)?)

@@ -1,10 +1,11 @@
-//! Guests that attack. What they may not have is on the host, and looked at afterwards.
+//! Guests and containers that attack. What they may not have is on the host, and looked at afterwards.
 //!
 //! The guest is bare-metal code of ours in place of a kernel (`tests/hostile/guest`), behind the real shim and in the real jail. It
 //! tells of each attempt, but the host has the last word: a directory that the pod has no business with, a process, and what is left
 //! behind. Each safeguard is also left out once (`husk-vmm-weakened`): the same attack must then succeed, or it would show nothing.
 
 mod attack;
+mod containers;
 
 use std::fs;
 
@@ -23,6 +24,15 @@ pub const TESTS: &[Test] = &[
     husk_test("an_owned_vmm_and_its_filter", owned_calls),
     husk_test("an_owned_vmm_without_a_filter", owned_without_filter),
     husk_test("the_attacks_bite", bite),
+    husk_test("containers_privileged", containers::privileged),
+    husk_test(
+        "containers_working_directories",
+        containers::working_directories,
+    ),
+    husk_test(
+        "containers_root_file_systems",
+        containers::root_file_systems,
+    ),
 ];
 
 /// The words of a pod whose guest has turned itself off before an agent came.
