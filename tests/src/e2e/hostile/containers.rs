@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use husk_tests::{host::Traces, spec::SpecRun};
+use husk_tests::{ctr::Running, host::Traces, spec::SpecRun, wait};
 use serde_json::json;
 
 use super::attack::{Attack, tree};
@@ -76,6 +76,58 @@ pub fn working_directories(suite: &Context) -> Result<()> {
     }
     pod.exec(&["true"])?.ok()?;
     attack.nothing_moved()
+}
+
+/// What a process of a container reaches by vsock: nobody, however often it dials, and it keeps nobody from being reached.
+pub fn dials(suite: &Context) -> Result<()> {
+    // The agent's ports (`husk_protocol::ports`), and some that the host may well listen on. What is sent is no token.
+    const SCRIPT: &str = "
+import socket, time
+heard, silent = [], []
+def dial(port):
+    s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    s.settimeout(60)
+    s.connect((2, port))
+    return s
+for port in [1024, 1025, 1026, 1027, 0, 1, 22, 111, 2375, 10250, 0xfffffffe]:
+    try:
+        s = dial(port)
+        s.sendall(bytes(64))
+        if got := s.recv(64):
+            heard.append((port, got))
+    except TimeoutError:
+        heard.append((port, 'it stays'))
+    except OSError:
+        pass
+for _ in range(600):
+    try:
+        silent.append(dial(1025))
+    except OSError:
+        pass
+print('dialled', len(silent) > 500, 'heard', heard, flush=True)
+time.sleep(100000)
+";
+    let program = ["/usr/bin/python3", "-c", SCRIPT];
+    let root = Path::new("/srv/debian-rootfs");
+    let mut run = SpecRun::new(&suite.containerd, suite.runtime, root, &program)?;
+    run.spec["root"]["readonly"] = json!(true);
+    let id = suite.containerd.fresh_id("dials");
+    let mut running = Running::start(&mut run.command(&id, &["--rm"])?, false)?;
+    let told = wait::until("the container to have dialled", || {
+        let text = running.text_so_far();
+        (text.ends_with('\n') || running.has_ended()).then_some(text)
+    })?;
+    ensure!(told == "dialled True heard []\n", "{told}");
+    // Each of these takes streams of its own, beside all that say nothing.
+    for _ in 0..3 {
+        let exec = suite.containerd.fresh_id("exec");
+        let words = ["task", "exec", "--exec-id", &exec, &id, "echo", "heard"];
+        let out = suite.containerd.run_ctr(&words)?.ok()?;
+        ensure!(out.text() == "heard", "{out:?}");
+    }
+    let kill = ["task", "kill", "--signal", "SIGKILL", &id];
+    suite.containerd.run_ctr(&kill)?.ok()?;
+    running.finish()?.exited(137).map(drop)
 }
 
 /// A root file system like the suite's, below `dir`.

@@ -25,6 +25,7 @@ pub const TESTS: &[Test] = &[
     husk_test("an_owned_vmm_without_a_filter", owned_without_filter),
     husk_test("the_attacks_bite", bite),
     husk_test("containers_privileged", containers::privileged),
+    husk_test("containers_dials", containers::dials),
     husk_test(
         "containers_working_directories",
         containers::working_directories,
