@@ -102,7 +102,7 @@ impl Vmm {
     /// The configuration that fits what [`Vmm::start`] passed on.
     pub fn config(vcpus: u8, memory_mib: u64) -> Value {
         json!({
-            "version": 3, "id": "e2e", "vcpus": vcpus, "max_vcpus": vcpus, "memory_mib": memory_mib,
+            "version": 4, "id": "e2e", "vcpus": vcpus, "max_vcpus": vcpus, "memory_mib": memory_mib,
             "max_memory_mib": memory_mib, "kvm_fd": KVM, "kernel_fd": KERNEL, "initramfs_fd": INITRAMFS,
             "kernel_params": "", "vsock_fd": VSOCK, "shares": [], "nics": [], "console_fd": CONSOLE,
             "debug_console": false,
