@@ -95,13 +95,7 @@ fn from_container(container: &Container, path: &[u8], to: &[u8], args: &args::Cp
     // The host's side first: it needs no mounts.
     let there = There::of(&Root::host(), to)?;
     let tree = Tree::open(container)?;
-    let (source, named) = source(
-        &Root::container(&tree.root),
-        tree.owners,
-        path,
-        args.follow_link,
-    )?;
-    tree.check(&source.place, &lossy(path), &container.record.name)?;
+    let (source, named) = of_container(&tree, container, path, args.follow_link)?;
     let keep = Keep {
         owner: args.archive,
         privileges: args.archive,
@@ -130,13 +124,7 @@ fn stream_out(container: &Container, path: &[u8], args: &args::Cp) -> Result<()>
         bail!("an archive is nothing for a terminal: write it to a file or a pipe");
     }
     let tree = Tree::open(container)?;
-    let (source, named) = source(
-        &Root::container(&tree.root),
-        tree.owners,
-        path,
-        args.follow_link,
-    )?;
-    tree.check(&source.place, &lossy(path), &container.record.name)?;
+    let (source, named) = of_container(&tree, container, path, args.follow_link)?;
     let mut writer = stream::Writer::new(BufWriter::with_capacity(256 << 10, out.lock()));
     let top = if named.contents { &[][..] } else { named.name };
     source.walk(top, &mut writer)?;
@@ -179,6 +167,18 @@ struct Named<'a> {
     name: &'a [u8],
     /// Not the directory, but what is in it.
     contents: bool,
+}
+
+/// What is at a path of a container's, where the host has something of it.
+fn of_container<'a>(
+    tree: &Tree,
+    container: &Container,
+    path: &'a [u8],
+    follow: bool,
+) -> Result<(Source, Named<'a>)> {
+    let (source, named) = source(&Root::container(&tree.root), tree.owners, path, follow)?;
+    tree.check(&source.place, &lossy(path), &container.record.name)?;
+    Ok((source, named))
 }
 
 fn source<'a>(

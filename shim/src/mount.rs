@@ -251,8 +251,16 @@ pub fn apply(
             source_path: request.source.clone(),
             option: "uidmap".into(),
         });
-    } else if is_overlay && (options.idmap.is_some() || users.is_some()) {
-        mapped_overlay(target, &options, users).map_err(not_shifted)?;
+    } else if let Some(idmap) = &options.idmap {
+        // What the request maps are the lower layers: containerd gives the upper one to the users that are shown.
+        let own = idmap.user_namespace().map_err(refused)?;
+        let layers = Layers {
+            lower: own.as_fd(),
+            upper: users,
+        };
+        mapped_overlay(layers, target, &options).map_err(not_shifted)?;
+    } else if is_overlay && let Some(users) = users {
+        mapped_overlay(users.layers(), target, &options).map_err(not_shifted)?;
     } else if let Some(users) = users {
         mapped(request, target, &options, users).map_err(not_shifted)?;
     } else {
@@ -308,22 +316,7 @@ fn bind(
     Ok(attach(&tree, target)?)
 }
 
-/// An overlay of mapped layers. What the request maps are the lower ones: containerd gives the upper one to the users that are shown.
-fn mapped_overlay(
-    target: &Path,
-    options: &Options,
-    users: Option<&VmmUsers>,
-) -> Result<(), IdMapError> {
-    let own = options.idmap.as_ref().map(IdMap::user_namespace);
-    let own = own.transpose()?;
-    let layers = match (&own, users) {
-        (Some(own), upper) => Layers {
-            lower: own.as_fd(),
-            upper,
-        },
-        (None, Some(users)) => users.layers(),
-        (None, None) => return Ok(()),
-    };
+fn mapped_overlay(layers: Layers<'_>, target: &Path, options: &Options) -> Result<(), IdMapError> {
     let tree = idmap::overlay(layers, target, options.flags, &options.data)?;
     Ok(attach(&tree, target)?)
 }
