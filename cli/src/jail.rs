@@ -199,7 +199,7 @@ fn user(statuses: &[String], uid_map: &str) -> Finding {
         "0 is one of the pod's own, nobody on the host",
         match roots.is_empty() {
             true => format!("root of the host is one of its users: {}", map.join(" ")),
-            false => "root of the host: its kernel (Linux 5.19 it takes) or husk's configuration has no user namespace for it".into(),
+            false => "root of the host: its kernel (Linux 5.19 it takes) or husk's configuration has no user namespace for it, or the engine has mounted the root file system (Docker, CRI-O)".into(),
         },
     )
 }

@@ -5,7 +5,8 @@
 //! owner, whatever that is. What root owns on the disk is shown as the pod's user 0, in the mounts of the pod's share and nowhere
 //! else ([`crate::idmap`]); on the disk it stays root's.
 //!
-//! A root file system must be on something that the kernel can map, which the common ones are. A volume that is on something else (NFS, FUSE, an
+//! A root file system must be on something that the kernel can map, which the common ones are; a pod whose engine brings it as an overlay of its
+//! own ([`VmmUsers::can_show`]) has no such namespace. A volume that is on something else (NFS, FUSE, an
 //! overlay; tmpfs before Linux 6.3) is shown as it is: what belongs to root there belongs to nobody in the guest, whose root has the
 //! rights of others there.
 
@@ -94,6 +95,20 @@ impl VmmUsers {
             }
             mapped => mapped,
         }
+    }
+
+    /// Whether a root file system that an engine has mounted can be [mapped](Self::map). An overlay cannot, and its layers are in use by the
+    /// engine's own mount: Docker copies files by it while the container runs. What else is wrong with it is for the start to say.
+    #[must_use]
+    pub fn can_show(&self, root: &Path) -> bool {
+        let mapped = idmap::clone(root)
+            .map_err(IdMapError::from)
+            .and_then(|tree| idmap::map(tree, false, self.namespace(), root));
+        if let Err(IdMapError::Unmappable(_, error)) = &mapped {
+            info!(root = %root.display(), %error, "the VMM gets no user namespace: the engine has mounted the root file system, and the kernel cannot show root's files in it as another's");
+            return false;
+        }
+        true
     }
 
     /// The layers of an overlay, none of which is mapped otherwise.
@@ -236,6 +251,24 @@ mod tests {
                 assert_eq!(owner(&at(path)), owned, "{path}");
             }
             assert!(!at("shown/other").exists() && at("lower/other").exists());
+        });
+    }
+
+    #[test]
+    fn an_overlay_that_is_mounted_cannot_be_shown() {
+        let users = VmmUsers::make().unwrap();
+        on_tmpfs(|dir| {
+            for name in ["lower", "upper", "work", "merged"] {
+                fs::create_dir(dir.join(name)).unwrap();
+            }
+            let merged = dir.join("merged");
+            assert!(users.can_show(&merged));
+            let at = |name: &str| format!("{name}dir={}", dir.join(name).display());
+            let options = ["lower", "upper", "work"].map(at);
+            let overlay = request("overlay", Path::new("overlay"), &options);
+            apply(&overlay, &merged, None).unwrap();
+            assert!(!users.can_show(&merged));
+            assert!(users.can_show(&dir.join("missing")));
         });
     }
 

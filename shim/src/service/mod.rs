@@ -9,7 +9,13 @@ mod tasks;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    future::Future,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use containerd_shim_protos::{sandbox_async, shim_async::create_task};
 use tokio::net::UnixListener;
@@ -27,6 +33,7 @@ use crate::{
     context::ShimContext,
     error::TaskError,
     share::Share,
+    spec::BundleSpec,
     vm::{Driver, process::HuskVmm},
     vmm_users::VmmUsers,
 };
@@ -65,6 +72,8 @@ pub async fn serve_with(
     driver: Arc<dyn Driver>,
 ) -> Result<(), ttrpc::Error> {
     let users = context.config.user_namespace.then(VmmUsers::make).flatten();
+    let users = users
+        .filter(|users| root_of_engine(&context.bundle).is_none_or(|root| users.can_show(&root)));
     let share = Share::new(context.pod.share(), context.pod.served(), users);
     let tasks = Tasks::start(context, share, driver);
     let mut server = Server::new()
@@ -80,6 +89,13 @@ pub async fn serve_with(
     // containerd keeps its connection until we are gone, so its closing cannot be waited for.
     tokio::time::sleep(LAST_ANSWERS).await;
     Ok(())
+}
+
+/// The root file system that the pod's first container has from an engine that mounts it itself, as Docker and CRI-O do; containerd's is in the
+/// bundle, and mounted by us.
+fn root_of_engine(bundle: &Path) -> Option<PathBuf> {
+    let root = BundleSpec::load(bundle).ok()?.root_path();
+    (!root.starts_with(bundle)).then_some(root)
 }
 
 fn services(tasks: &Arc<Tasks>, name: &str) -> HashMap<String, Service> {
