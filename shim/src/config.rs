@@ -177,11 +177,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`], a sentence for the person who wrote the file.
     pub fn load(explicit: Option<&Path>) -> Result<Self, ConfigError> {
-        let named = explicit.map(Path::to_owned).or_else(|| {
-            std::env::var_os(PATH_VARIABLE)
-                .filter(|v| !v.is_empty())
-                .map(PathBuf::from)
-        });
+        let named = explicit.map(Path::to_owned).or_else(Self::named);
         let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
         match std::fs::read_to_string(&path) {
             Ok(text) => Self::parse(&text, &path),
@@ -190,6 +186,13 @@ impl Config {
             }
             Err(source) => Err(ConfigError::Read { path, source }),
         }
+    }
+
+    /// The file that the environment names.
+    pub fn named() -> Option<PathBuf> {
+        std::env::var_os(PATH_VARIABLE)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
     }
 
     /// Reads settings from a text; `path` is for messages.

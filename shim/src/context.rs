@@ -22,6 +22,8 @@ pub struct ShimContext {
     pub publisher: Publisher,
     /// Settings of the node (see `deploy/config.toml`).
     pub config: Config,
+    /// The file that they were read from, where one was named: by the runtime options of the pod's `start`, or by the environment.
+    pub settings: Option<PathBuf>,
     /// The pod's directory on the host, `share/` in it already published.
     pub pod: PodDir,
 }

@@ -134,6 +134,7 @@ async fn serve(args: &Args, config: Config, pod: PodDir, listener: UnixListener)
         bundle,
         publisher: publisher.clone(),
         config,
+        settings: Config::named(),
         pod,
     };
     info!(

@@ -91,6 +91,13 @@ impl Options {
         options
     }
 
+    /// Understands the options of a Create.
+    pub fn of(any: &Any) -> Self {
+        let mut options = Self::default();
+        options.take(any);
+        options
+    }
+
     fn take(&mut self, any: &Any) {
         // Go's typeurl writes the bare name, others a host before it.
         let name = any.type_url.rsplit('/').next().unwrap_or_default();

@@ -1,12 +1,13 @@
 //! What a container tells the world: its changes of state as containerd's events.
 
 use std::{
+    fs,
     sync::PoisonError,
     time::{Duration, Instant},
 };
 
 use containerd_shim_protos::events::task as events;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::Container;
 use crate::lifecycle::{Announcement, Exit, Stage};
@@ -80,6 +81,9 @@ impl Container {
             .last
             .is_some_and(|last| last.elapsed() < OOM_PAUSE);
         if kills > announced.kills && !is_soon {
+            if announced.kills == 0 {
+                self.leave_word_of_oom();
+            }
             announced.kills = kills;
             announced.last = Some(Instant::now());
             self.publisher.send(events::TaskOOM {
@@ -88,6 +92,14 @@ impl Container {
             });
         }
         drop(life);
+    }
+
+    /// For CRI-O, which takes no events: it looks for this file when a container has ended with other than 0.
+    fn leave_word_of_oom(&self) {
+        let file = self.bundle.join("oom");
+        if let Err(error) = fs::write(&file, "") {
+            warn!(file = %file.display(), %error, "cannot leave word of an OOM kill");
+        }
     }
 
     /// Announces that the container has been deleted.

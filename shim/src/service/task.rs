@@ -23,6 +23,7 @@ use super::{Call, Tasks, stats, tasks::Create, to_the_end};
 use crate::{
     cgroup,
     error::TaskError,
+    input::Options,
     lifecycle::{Exit, Stage},
     stdio::StdioPaths,
     timing::Point,
@@ -85,6 +86,10 @@ impl Task for TaskService {
                 stderr: request.stderr,
                 terminal: request.terminal,
             },
+            settings: request
+                .options
+                .as_ref()
+                .and_then(|options| Options::of(options).config_path),
         };
         let tasks = Arc::clone(&self.tasks);
         let pid = to_the_end(async move { tasks.create(create).await }).await?;

@@ -4,7 +4,7 @@ mod end;
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
@@ -19,6 +19,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     agent::Agent,
+    config,
     container::{Container, Parts, TaskPid},
     context::ShimContext,
     demand::Demand,
@@ -99,6 +100,8 @@ pub struct Create {
     pub rootfs: Vec<Mount>,
     /// Its streams.
     pub paths: StdioPaths,
+    /// The settings' file that its runtime options name.
+    pub settings: Option<PathBuf>,
 }
 
 impl Tasks {
@@ -217,6 +220,7 @@ impl Tasks {
         creation: &Creation,
     ) -> Result<Arc<Container>, TaskError> {
         let id = request.id.clone();
+        self.check_settings(&request)?;
         // The VM comes up meanwhile; where the files cannot be had, nobody waits for it.
         let (spec, paths) = self.add_files(&request).await?;
         match self
@@ -234,6 +238,24 @@ impl Tasks {
                 self.remove_failed(&id).await;
                 Err(error)
             }
+        }
+    }
+
+    /// The pod's VM has its settings from the shim's `start`. CRI-O names a file (`runtime_config_path`) with Create alone, which is too late;
+    /// a pod that ran with other settings than its node's owner wrote would be worse than none.
+    fn check_settings(&self, request: &Create) -> Result<(), TaskError> {
+        match &request.settings {
+            Some(wanted) if self.context.settings.as_ref() != Some(wanted) => {
+                let had = self.context.settings.as_deref();
+                Err(TaskError::invalid_argument(format!(
+                    "cannot create container {:?}: its runtime options name the settings {}, but the pod's VM was started with those of {}, because \
+                     this engine names them with Create alone (CRI-O's runtime_config_path): put them there",
+                    request.id,
+                    wanted.display(),
+                    had.unwrap_or(Path::new(config::DEFAULT_PATH)).display(),
+                )))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -473,6 +473,28 @@ async fn update_checkpoint_and_connect() {
     assert_eq!(code(checkpoint.map(drop)).0, Code::UNIMPLEMENTED);
 }
 
+/// CRI-O names settings with Create alone, when the VM is there already.
+#[tokio::test]
+async fn settings_that_come_too_late_are_refused() {
+    let w = World::new().await;
+    // runtimeoptions.v1.Options, config_path = 2.
+    let mut options = Any::new();
+    options.type_url = "runtimeoptions.v1.Options".into();
+    options.value = b"\x12\x0a/else.toml".to_vec();
+    let request = CreateTaskRequest {
+        id: "c".into(),
+        bundle: w.bundle().display().to_string(),
+        options: Some(options).into(),
+        ..Default::default()
+    };
+    let (kind, words) = code(w.service.create(&context(), request).await.map(drop));
+    assert_eq!(kind, Code::INVALID_ARGUMENT);
+    assert!(
+        words.contains("/else.toml") && words.contains("/etc/husk/config.toml"),
+        "{words}"
+    );
+}
+
 #[tokio::test]
 async fn oom_kills_are_told_at_most_once_a_second_and_not_after_the_exit() {
     let guest = Arc::new(Guest::default());
@@ -501,6 +523,8 @@ async fn oom_kills_are_told_at_most_once_a_second_and_not_after_the_exit() {
     killed(1);
     killed(51);
     told().await;
+    // For CRI-O, which takes no events.
+    assert!(w.bundle().join("oom").exists());
     w.guest.end("c", "", 0);
     w.wait("").await.unwrap();
     killed(52);

@@ -658,6 +658,7 @@ impl World {
             keeper,
             publisher: Publisher::new(Some(&address), "test"),
             config,
+            settings: None,
             pod,
         };
         write_bundle(&dir.path().join("bundle"), dir.path(), linux);
