@@ -244,7 +244,7 @@ impl<R: Runtime> Containers<R> {
         process.wait().await.ok_or(AgentError::Finished)
     }
 
-    /// Signals one process, or all of the container.
+    /// Signals one process, or all of the container. Signal 0 asks whether it is there (kill(2)), as CRI-O does.
     ///
     /// # Errors
     /// No such process, it has ended, or no such signal.
@@ -256,7 +256,7 @@ impl<R: Runtime> Containers<R> {
         all: bool,
     ) -> Result<(), AgentError> {
         let signal = match signal {
-            1..=SIGNAL_MAX => signal.cast_signed(),
+            0..=SIGNAL_MAX => signal.cast_signed(),
             _ => return Err(AgentError::Invalid(format!("{signal} is not a signal"))),
         };
         if all {

@@ -261,11 +261,11 @@ fn by_signal(signal: i32) -> u32 {
     128 + signal.unsigned_abs()
 }
 
-/// Whether a signal ends a process that neither handles nor ignores it (signal(7)).
+/// Whether a signal ends a process that neither handles nor ignores it (signal(7)); 0 is none.
 fn ends_by_default(signal: i32) -> bool {
     !matches!(
         signal,
-        libc::SIGCHLD
+        0 | libc::SIGCHLD
             | libc::SIGCONT
             | libc::SIGSTOP
             | libc::SIGTSTP
@@ -346,6 +346,19 @@ mod tests {
         assert_eq!(Arc::strong_count(&console), 1);
         let refused = process.resize(80, 25).unwrap_err();
         assert!(matches!(refused, AgentError::Finished), "{refused}");
+    }
+
+    /// Also one that has not started, which every other signal ends.
+    #[test]
+    fn signal_0_asks_whether_it_is_there() {
+        let reaper = Arc::new(Reaper::default());
+        let pid = std::process::id().cast_signed();
+        let exit = reaper.launch().watch(pid);
+        let process = Process::new(pid, Arc::clone(&reaper), Phase::Created, exit, None);
+        process.signal(0).unwrap();
+        assert_eq!(process.ended_by.get(), None);
+        reaper.ended(pid, 0);
+        assert!(matches!(process.signal(0), Err(AgentError::Finished)));
     }
 
     #[test]
