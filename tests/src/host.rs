@@ -89,6 +89,51 @@ fn cgroups(dir: &Path, depth: u32, found: &mut BTreeSet<String>) {
     }
 }
 
+/// A network namespace with a name; dropped, it goes.
+pub struct Netns(pub &'static str);
+
+impl Netns {
+    /// Makes it, empty.
+    ///
+    /// # Errors
+    /// iproute2's.
+    pub fn new(name: &'static str) -> Result<Self> {
+        run(&["ip", "netns", "add", name])?;
+        Ok(Self(name))
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> String {
+        format!("/run/netns/{}", self.0)
+    }
+
+    /// Wires it to the host with a veth pair: the host's end and address, which is the gateway, and its own, in one /24.
+    ///
+    /// # Errors
+    /// iproute2's.
+    pub fn wire(&self, host: &str, gateway: &str, device: &str, address: &str) -> Result<()> {
+        let n = self.0;
+        for command in [
+            format!("ip link add {host} type veth peer name {device} netns {n}"),
+            format!("ip addr add {gateway}/24 dev {host}"),
+            format!("ip link set {host} up"),
+            format!("ip -n {n} addr add {address}/24 dev {device}"),
+            format!("ip -n {n} link set {device} up"),
+            format!("ip -n {n} route add default via {gateway}"),
+        ] {
+            run(&command.split(' ').collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        // A test that leaves something behind is caught by the leak checks.
+        let _ = run(&["ip", "netns", "del", self.0]);
+    }
+}
+
 /// Runs a program of the host and gives what it printed.
 ///
 /// # Errors

@@ -20,6 +20,7 @@ mod bad_input;
 mod cgroup;
 mod cli;
 mod context;
+mod crio;
 mod deploy;
 mod durations;
 mod exec;
@@ -139,6 +140,8 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("lifecycle", false, lifecycle::TESTS),
     ("host", true, lifecycle::ALONE),
     ("bad_input", true, bad_input::TESTS),
+    // It looks for what is left.
+    ("crio", true, crio::TESTS),
     ("faults", true, faults::TESTS),
     // They change the settings of the node.
     ("growth", true, growth::TESTS),

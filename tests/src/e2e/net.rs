@@ -351,7 +351,7 @@ fn loopback(suite: &Context) -> Result<()> {
 
 /// As Docker does since version 26: the namespace is there at the start, what is in it comes when the task runs.
 fn late(suite: &Context) -> Result<()> {
-    let netns = Netns::new("husk-late")?;
+    let netns = host::Netns::new("husk-late")?;
     let id = suite.containerd.fresh_id("late");
     let path = format!("network:/run/netns/{}", netns.0);
     let mut command = suite.containerd.run_command(
@@ -362,25 +362,7 @@ fn late(suite: &Context) -> Result<()> {
     );
     husk_tests::ctr::output(&mut command)?.ok()?;
     let running = suite.started(id);
-    let n = netns.0;
-    host::run(&[
-        "ip",
-        "link",
-        "add",
-        "husk-late-h",
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "eth7",
-        "netns",
-        n,
-    ])?;
-    host::run(&["ip", "addr", "add", "10.92.0.1/24", "dev", "husk-late-h"])?;
-    host::run(&["ip", "link", "set", "husk-late-h", "up"])?;
-    host::run(&["ip", "-n", n, "addr", "add", "10.92.0.2/24", "dev", "eth7"])?;
-    host::run(&["ip", "-n", n, "link", "set", "eth7", "up"])?;
-    host::run(&["ip", "-n", n, "route", "add", "default", "via", "10.92.0.1"])?;
+    netns.wire("husk-late-h", "10.92.0.1", "eth7", "10.92.0.2")?;
     wait::until("the guest to have the interface", || {
         let out = running.exec(&["ip", "route"]).ok()?;
         out.text()
@@ -391,23 +373,6 @@ fn late(suite: &Context) -> Result<()> {
         .exec(&["ping", "-c", "3", "-W", "30", "10.92.0.1"])?
         .ok()?;
     Ok(())
-}
-
-/// A network namespace with a name; dropped, it goes.
-struct Netns(&'static str);
-
-impl Netns {
-    fn new(name: &'static str) -> Result<Self> {
-        host::run(&["ip", "netns", "add", name])?;
-        Ok(Self(name))
-    }
-}
-
-impl Drop for Netns {
-    fn drop(&mut self) {
-        // A test that leaves something behind is caught by the leak checks.
-        let _ = host::run(&["ip", "netns", "del", self.0]);
-    }
 }
 
 fn host_network(suite: &Context) -> Result<()> {

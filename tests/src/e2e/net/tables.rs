@@ -49,7 +49,7 @@ pub fn point_to_point(suite: &Context) -> Result<()> {
 
 /// As Calico does it, and what else a namespace may have.
 pub fn by_hand(suite: &Context) -> Result<()> {
-    let netns = Netns::new("husk-hand")?;
+    let netns = host::Netns::new("husk-hand")?;
     let n = netns.0;
     for command in [
         "link add husk-hand-h type veth peer name eth0 netns husk-hand",
