@@ -21,6 +21,7 @@ pub mod demand;
 pub mod error;
 pub mod etc;
 pub mod events;
+pub mod few;
 pub mod group;
 pub mod growth;
 pub mod huge_pages;

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tracing::field::{Field, Visit};
@@ -23,23 +23,6 @@ use crate::config::LogLevel;
 
 /// A write of up to this much to a pipe is whole or not at all (PIPE_BUF, pipe(7)).
 const MAX_LINE: usize = 4096;
-
-/// Lines of one kind, in all, that a guest or its VMM can cause as often as it likes.
-const FEW: u32 = 20;
-
-/// Counts such lines: the host's disk must not fill with them.
-#[derive(Debug, Default)]
-pub struct Few(AtomicU32);
-
-impl Few {
-    /// Whether one more may be written.
-    pub fn more(&self) -> bool {
-        let one_less = |written: u32| (written < FEW).then_some(written + 1);
-        self.0
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
-            .is_ok()
-    }
-}
 
 impl From<LogLevel> for LevelFilter {
     fn from(level: LogLevel) -> Self {
@@ -292,13 +275,6 @@ mod tests {
         assert_eq!(Value("\"quoted\"").to_string(), r#""\"quoted\"""#);
         assert_eq!(Value("").to_string(), r#""""#);
         assert_eq!(Value("/run/a-b_c.d:1").to_string(), "/run/a-b_c.d:1");
-    }
-
-    #[test]
-    fn of_a_kind_there_are_few() {
-        let lines = Few::default();
-        let written = (0..1000).filter(|_| lines.more()).count();
-        assert_eq!(written, FEW as usize);
     }
 
     #[test]

@@ -19,10 +19,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use crate::{
-    log::Few,
-    stdio::{Stdio, StreamKind},
-};
+use crate::few::Few;
 
 /// How long a connection may take to say its token. Generous: the agent sends it at once, but the guest may be starved of CPU.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,16 +29,21 @@ const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// dials, it pushes no token out that was sent at once.
 const MAX_UNKNOWN: usize = 512;
 
+/// One of a process's streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StreamKind {
+    /// Host to guest.
+    Stdin,
+    /// Guest to host; with a terminal, all its output.
+    Stdout,
+    /// Guest to host.
+    Stderr,
+}
+
 /// Where a joined stream goes.
 pub trait Sink: Send + Sync {
     /// Takes the stream, its token already read.
     fn connect(&self, kind: StreamKind, stream: UnixStream);
-}
-
-impl Sink for Stdio {
-    fn connect(&self, kind: StreamKind, stream: UnixStream) {
-        Stdio::connect(self, kind, stream);
-    }
 }
 
 /// Takes the stream of a token.

@@ -28,6 +28,8 @@ use tracing::warn;
 use copy::{Progress, Sink, Source};
 use target::Target;
 
+pub use crate::streams::StreamKind;
+
 /// How long [`Stdio::drained`] waits while nothing moves.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -37,17 +39,6 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(120);
 /// Most bytes between the agent and here once it has told of a process's end: the credit of a vsock connection, a socket's buffer and a
 /// [`copy`]'s, several times over. A guest that tells of more is not believed.
 const MAX_UNDERWAY: u64 = 4 << 20;
-
-/// One of a process's streams.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum StreamKind {
-    /// Host to guest.
-    Stdin,
-    /// Guest to host; with a terminal, all its output.
-    Stdout,
-    /// Guest to host.
-    Stderr,
-}
 
 /// What containerd asks for, as in the Create and Exec requests. Empty: none (`/dev/null` in the guest).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -74,6 +65,12 @@ pub struct Stdio {
     stdout_progress: watch::Sender<Progress>,
     stderr_progress: watch::Sender<Progress>,
     copying: Mutex<Vec<AbortHandle>>,
+}
+
+impl crate::streams::Sink for Stdio {
+    fn connect(&self, kind: StreamKind, stream: UnixStream) {
+        Self::connect(self, kind, stream);
+    }
 }
 
 /// A stream that cannot be opened.

@@ -5,7 +5,7 @@ use tokio::{net::UnixStream, sync::mpsc};
 use tracing::{debug, warn};
 
 use super::{GuestConnection, seqpacket::Seqpacket};
-use crate::log::Few;
+use crate::few::Few;
 
 /// Takes connections off the bridge until the VMM closes it or nobody wants them any more. While the receiver is
 /// busy they wait in the socket, and with them the guest that dials too much.

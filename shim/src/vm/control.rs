@@ -14,7 +14,7 @@ use tokio::sync::{oneshot, watch};
 use tracing::{debug, warn};
 
 use super::seqpacket::Seqpacket;
-use crate::log::Few;
+use crate::few::Few;
 
 /// Why a call got no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
