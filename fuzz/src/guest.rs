@@ -54,7 +54,11 @@ pub struct Used {
     pub data: Vec<u8>,
 }
 
+/// A chain that the device has.
 struct Flight {
+    /// Descriptors of the queue that it takes, from its head on.
+    count: u16,
+    readable: Runs,
     writable: Runs,
 }
 
@@ -132,6 +136,13 @@ impl Guest {
         u32::from_le_bytes(data)
     }
 
+    /// Reads a field of the device's configuration space, of 1, 2, 4 or 8 bytes.
+    pub fn field<const LEN: usize>(&mut self, offset: u64) -> [u8; LEN] {
+        let mut data = [0; LEN];
+        self.read(0x100 + offset, &mut data);
+        data
+    }
+
     /// Writes some of the device's window, whatever that does.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         let moves_queues = matches!(offset, 0x38..0x50 | 0x80..0xb0);
@@ -204,20 +215,57 @@ impl Guest {
         assert_eq!(self.read32(0x70) & 0xf, 0xf);
     }
 
-    /// Room for a buffer.
-    fn alloc(&mut self, len: usize) -> u64 {
-        let len = len.clamp(1, 0x1_0000) as u64;
-        if self.buffers + len > BUFFERS.1 {
-            self.buffers = BUFFERS.0;
-            // What is still in use is used twice from here on.
-            self.is_wild |= self.queues.iter().any(|queue| !queue.in_flight.is_empty());
-        }
-        let at = self.buffers;
-        self.buffers += len;
-        at
+    fn flights(&self) -> impl Iterator<Item = &Flight> {
+        self.queues
+            .iter()
+            .flat_map(|queue| queue.in_flight.values())
     }
 
-    /// Makes a chain available: these bytes to read, and buffers of these lengths to write to. Nothing, where there is no such queue.
+    /// Whether the device has a buffer that some of these bytes are in.
+    pub fn has_given(&self, address: u64, len: u64) -> bool {
+        let runs = |flight: &Flight| [flight.readable.clone(), flight.writable.clone()].concat();
+        self.flights()
+            .flat_map(runs)
+            .any(|(start, used)| start < address + len && address < start + used as u64)
+    }
+
+    /// Room for a buffer, in none that the device has, nor in those of `more`. Nothing, where all is in use.
+    fn alloc(&mut self, len: usize, more: &Runs) -> Option<u64> {
+        let len = len.max(1) as u64;
+        let in_use = self
+            .flights()
+            .filter(|_| !self.is_wild)
+            .flat_map(|flight| flight.readable.iter().chain(&flight.writable));
+        let mut in_use: Vec<_> = in_use.chain(more).copied().collect();
+        in_use.sort_unstable();
+        for from in [self.buffers, BUFFERS.0] {
+            let mut at = from;
+            for (start, used) in &in_use {
+                if *start < at + len && at < start + *used as u64 {
+                    at = start + *used as u64;
+                }
+            }
+            if at + len <= BUFFERS.1 {
+                self.buffers = at + len;
+                return Some(at);
+            }
+        }
+        None
+    }
+
+    /// Whether the device has none of the `count` descriptors from `first` on.
+    fn are_free(&self, queue: usize, first: u16, count: u16) -> bool {
+        let Queue {
+            size, in_flight, ..
+        } = &self.queues[queue];
+        in_flight.iter().all(|(head, flight)| {
+            let from_head = (first + size - head) % size;
+            from_head >= flight.count && from_head + count <= *size
+        })
+    }
+
+    /// Makes a chain available: these bytes to read, and buffers of these lengths to write to. Nothing, where there is no such queue, or no
+    /// room for more.
     pub fn add(
         &mut self,
         queue: usize,
@@ -231,22 +279,33 @@ impl Guest {
         if count == 0 || count > most {
             return None;
         }
-        let mut parts = Vec::with_capacity(count);
-        for bytes in readable {
-            let bytes = &bytes[..bytes.len().min(0x1_0000)];
-            let at = self.alloc(bytes.len());
-            self.put(at, bytes);
-            parts.push((at, bytes.len(), 0));
+        let first = self.queues[queue].next;
+        let taken = if is_indirect { 1 } else { count as u16 };
+        // Who is wild no longer knows what the device has.
+        if !self.is_wild && !self.are_free(queue, first, taken) {
+            return None;
         }
         let mut runs = Runs::new();
-        for len in writable {
-            let len = (*len).min(0x1_0000);
-            let at = self.alloc(len);
-            runs.push((at, len));
-            parts.push((at, len, model::WRITE));
+        for len in readable
+            .iter()
+            .map(|bytes| bytes.len())
+            .chain(writable.iter().copied())
+        {
+            let len = len.min(0x1_0000);
+            runs.push((self.alloc(len, &runs)?, len));
         }
-        self.writable.extend(&runs);
-        let first = self.queues[queue].next;
+        for (bytes, (at, len)) in readable.iter().zip(&runs) {
+            self.put(*at, &bytes[..*len]);
+        }
+        let split = readable.len();
+        let flags = |number: usize| if number < split { 0 } else { model::WRITE };
+        let parts: Vec<_> = runs
+            .iter()
+            .enumerate()
+            .map(|(number, (at, len))| (*at, *len, flags(number)))
+            .collect();
+        let writable = runs.split_off(split);
+        self.writable.extend(&writable);
         let place = |number: usize| first.wrapping_add(number as u16) % size;
         let last = count - 1;
         let mut table = Vec::new();
@@ -260,32 +319,31 @@ impl Guest {
             table.push(model::descriptor(*at, *len as u32, write | next, following));
         }
         let base = self.queues[queue].base;
-        let taken = if is_indirect {
+        if is_indirect {
             let bytes = table.concat();
             if self.tables + bytes.len() as u64 > TABLES.1 {
                 self.tables = TABLES.0;
+                // The device may not have read one that is overwritten from here on.
+                self.is_wild |= self.queues.iter().any(|queue| !queue.in_flight.is_empty());
             }
             let at = self.tables;
             self.tables += bytes.len() as u64;
             self.put(at, &bytes);
             let one = model::descriptor(at, bytes.len() as u32, model::INDIRECT, 0);
             self.put(base + 16 * u64::from(first), &one);
-            1
         } else {
             for (number, bytes) in table.iter().enumerate() {
                 self.put(base + 16 * u64::from(place(number)), bytes);
             }
-            count as u16
-        };
+        }
         let queue = &mut self.queues[queue];
         queue.next = first.wrapping_add(taken) % size;
-        if queue
-            .in_flight
-            .insert(first, Flight { writable: runs })
-            .is_some()
-        {
-            self.is_wild = true;
-        }
+        let flight = Flight {
+            count: taken,
+            readable: runs,
+            writable,
+        };
+        queue.in_flight.insert(first, flight);
         self.publish_in(base, size, first);
         Some(first)
     }
