@@ -190,6 +190,7 @@ fn to_vmm(packets: &[Packet]) {
     // What is to be answered, and in what way it ends.
     let mut asked = Vec::new();
     let mut ends = false;
+    let mut is_too_long = false;
     let mut sent = 0;
     for packet in packets.iter().take(MOST) {
         let bytes = packet.bytes();
@@ -217,14 +218,19 @@ fn to_vmm(packets: &[Packet]) {
                 }
                 asked.push(request.id);
             }
-            _ => ends = true,
+            _ => {
+                ends = true;
+                is_too_long = bytes.len() > MAX_PACKET;
+            }
         }
     }
     shutdown(ours.as_raw_fd(), Shutdown::Write).unwrap();
     let outcome = serve(&Channel::new(theirs), Inherited::default(), 0);
     match &outcome {
-        Ok(()) | Err(ControlError::Launch(_) | ControlError::Malformed(_)) => {}
-        Err(ControlError::TooLong) => assert!(ends),
+        Ok(()) | Err(ControlError::Launch(_) | ControlError::Malformed(_)) => {
+            assert!(!is_too_long, "{outcome:?}");
+        }
+        Err(ControlError::TooLong) => assert!(is_too_long),
         Err(error) => panic!("{error}"),
     }
     let mut buffer = vec![0; MAX_PACKET + 1];

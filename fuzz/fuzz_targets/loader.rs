@@ -115,7 +115,8 @@ fuzz_target!(|input: Input| {
         Ram::SixtyFour => 64 * MIB,
     };
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), ram as usize)]).unwrap();
-    let mut kernel = file(&input.image(ram));
+    let image = input.image(ram);
+    let mut kernel = file(&image);
     let initramfs = input.initramfs.bytes();
     let mut initramfs_file = file(&initramfs);
     if let Initramfs::Sparse(len) = input.initramfs {
@@ -132,6 +133,9 @@ fuzz_target!(|input: Input| {
     match boot::load(&memory, source) {
         Ok(entry) => {
             assert!((layout::HIGH_MEMORY_START..ram).contains(&entry));
+            for (start, len) in segments(&image) {
+                assert!(start >= layout::HIGH_MEMORY_START && start + len <= ram);
+            }
             let loaded = Loaded { memory, ram };
             loaded.check(&cmdline, &initramfs);
         }
@@ -146,6 +150,18 @@ fuzz_target!(|input: Input| {
         }
     }
 });
+
+/// Where a kernel that was taken has its segments, by address and length in memory.
+fn segments(image: &[u8]) -> impl Iterator<Item = (u64, u64)> {
+    let long = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().unwrap());
+    let table = long(32) as usize;
+    let count = usize::from(u16::from_le_bytes([image[56], image[57]]));
+    let headers = (0..count).map(move |number| table + 56 * number);
+    headers
+        .filter(move |at| image[*at..at + 4] == 1_u32.to_le_bytes())
+        .map(move |at| (long(at + 24), long(at + 40)))
+        .filter(|(_, len)| *len > 0)
+}
 
 fn file(bytes: &[u8]) -> File {
     let mut file = File::from(memfd_create("fuzz", MFdFlags::empty()).unwrap());
