@@ -16,6 +16,8 @@
 //! the guest (KVM_RUN returns EINTR), before KVM_RUN (which then returns at once) or in device code (the next
 //! KVM_RUN returns at once). The thread clears the flag before it looks at the [`Gate`], so no kick is lost.
 
+mod exits;
+
 use std::cell::Cell;
 use std::io;
 use std::os::unix::thread::JoinHandleExt as _;
@@ -263,27 +265,11 @@ impl Vcpu {
                 return Outcome::Again;
             }
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Outcome::Again,
-            Ok(VcpuExit::Shutdown) => {
-                "triple fault: the guest kernel failed without a panic".into()
-            }
-            Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                format!(
-                    "the processor refused to enter the guest (hardware reason {reason:#x}, host CPU {cpu})"
-                )
-            }
             Ok(VcpuExit::InternalError) => self.internal_error(),
-            Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
-                format!("memory fault at guest-physical {gpa:#x}+{size:#x}")
-            }
-            Ok(other) => format!("unexpected exit {other:?}"),
-            Err(error) => match error.errno() {
-                // A kick, or a vCPU that woke up before its start-up call.
-                libc::EINTR | libc::EAGAIN => return Outcome::Again,
-                libc::EFAULT => {
-                    "KVM cannot reach a page of the guest's: memory that the guest has not plugged, or that the host cannot give"
-                        .into()
-                }
-                _ => format!("KVM_RUN failed: {error}"),
+            Ok(other) => exits::unhandled(&other),
+            Err(error) => match exits::failed(error) {
+                None => return Outcome::Again,
+                Some(reason) => reason,
             },
         };
         Outcome::End(reason)
@@ -292,13 +278,7 @@ impl Vcpu {
     fn internal_error(&mut self) -> String {
         // SAFETY: after KVM_EXIT_INTERNAL_ERROR this member of the union is the valid one, and it is plain integers.
         let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
-        let what = match internal.suberror {
-            kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => "KVM could not emulate an instruction",
-            kvm_bindings::KVM_INTERNAL_ERROR_SIMUL_EX => "simultaneous exceptions",
-            kvm_bindings::KVM_INTERNAL_ERROR_DELIVERY_EV => "an event could not be delivered",
-            _ => "KVM internal error",
-        };
-        format!("{what} (suberror {})", internal.suberror)
+        exits::internal(internal.suberror)
     }
 
     /// One sentence: vCPU, reason, and the registers that tell where it was.
