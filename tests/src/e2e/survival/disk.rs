@@ -13,7 +13,10 @@ use husk_tests::{
     runtime::Runtime,
     wait,
 };
-use nix::sys::statvfs::statvfs;
+use nix::sys::{
+    quota::{Dqblk, QuotaType, QuotaValidFlags, quotactl_set},
+    statvfs::statvfs,
+};
 
 use super::{SLEEP, shared};
 use crate::context::Context;
@@ -95,33 +98,57 @@ fn says_why(suite: &Context, outcome: Result<()>, doing: &str) -> Result<()> {
 }
 
 /// A small disk for a containerd's root and its pods' logs. Dropped, it is gone.
-struct Disk {
+pub struct Disk {
     image: PathBuf,
     root: PathBuf,
 }
 
 impl Disk {
     fn mount(dir: &Path) -> Result<Self> {
-        let (root, image) = (dir.join("root"), dir.join("disk.ext4"));
-        fs::create_dir_all(&root)?;
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let size = format!("{DISK_MIB}M");
-        host::run(&[
-            "mke2fs",
-            "-q",
-            "-t",
-            "ext4",
-            "-m",
-            "0",
-            &text(&image),
-            &size,
-        ])?;
-        host::run(&["mount", "-o", "loop", &text(&image), &text(&root)])?;
-        let disk = Self { image, root };
+        let disk = Self::with(dir, &[], "loop")?;
         fs::create_dir(disk.root.join("pods"))?;
         fs::create_dir(disk.rest())?;
         std::os::unix::fs::symlink("root/pods", dir.join("pods"))?;
         Ok(disk)
+    }
+
+    /// One on which users have quotas, once they are set.
+    pub fn with_quotas(dir: &Path) -> Result<Self> {
+        Self::with(dir, &["-O", "quota"], "loop,usrquota")
+    }
+
+    fn with(dir: &Path, features: &[&str], options: &str) -> Result<Self> {
+        let (root, image) = (dir.join("root"), dir.join("disk.ext4"));
+        fs::create_dir_all(&root)?;
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let size = format!("{DISK_MIB}M");
+        let make = ["mke2fs", "-q", "-t", "ext4", "-m", "0"];
+        host::run(&[&make, features, &[&text(&image), &size]].concat())?;
+        host::run(&["mount", "-o", options, &text(&image), &text(&root)])?;
+        Ok(Self { image, root })
+    }
+
+    /// Gives a user so many KiB and files at most.
+    pub fn limit(&self, user: u32, kib: u64, files: u64) -> Result<()> {
+        let device = host::run(&[
+            "findmnt",
+            "-n",
+            "-o",
+            "SOURCE",
+            &self.root.to_string_lossy(),
+        ])?;
+        let mut quota = Dqblk::default();
+        quota.set_blocks_hard_limit(kib);
+        quota.set_inodes_hard_limit(files);
+        let valid = QuotaValidFlags::QIF_LIMITS;
+        let id = user.cast_signed();
+        quotactl_set(QuotaType::USRQUOTA, device.as_str(), id, &quota, valid)?;
+        Ok(())
+    }
+
+    /// Where it is mounted.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     fn free_mib(&self) -> Result<u64> {

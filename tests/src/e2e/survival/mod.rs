@@ -4,6 +4,7 @@ mod clock;
 mod containerd;
 mod death;
 mod disk;
+mod quota;
 mod slow;
 
 pub use slow::read_ahead_workload;
@@ -17,6 +18,7 @@ pub const TESTS: &[Test] = &[
     test("containerd_killed_under_pods", containerd::killed),
     test("containerd_upgraded_under_pods", containerd::upgraded).needs(NEXT),
     test("full_disk_under_a_pod", disk::full),
+    test("quota_of_a_user", quota::of_a_user),
     test("ended_in_a_slow_read", slow::ended_in_a_read),
     test("clock_of_a_pod", clock::right),
     husk_test("shim_vmm_and_guest_kernel_die_under_pods", death::each),
