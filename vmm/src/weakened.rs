@@ -23,6 +23,10 @@ use crate::starter::Starter;
 pub enum Safeguard {
     /// The check of names in the file server's requests.
     Names,
+    /// The copy in which they are checked as what is served; the guest gets time to change its own in between.
+    Copies,
+    /// How much memory the host lets be plugged.
+    Plug,
     /// Root, namespaces, capabilities and Landlock.
     Jail,
     /// The filters of system calls.
@@ -30,8 +34,10 @@ pub enum Safeguard {
 }
 
 impl Safeguard {
-    const ALL: [(&'static str, Self); 3] = [
+    const ALL: [(&'static str, Self); 5] = [
         ("names", Self::Names),
+        ("copies", Self::Copies),
+        ("plug", Self::Plug),
         ("jail", Self::Jail),
         ("seccomp", Self::Seccomp),
     ];
@@ -46,6 +52,10 @@ impl Safeguard {
         LEFT_OUT.load(Ordering::SeqCst) & self.bit() != 0
     }
 }
+
+/// How long a request that has been checked lies in the guest's memory where [`Safeguard::Copies`] is left out: a second vCPU comes to run in
+/// it, also where all share one CPU.
+pub const TIME_TO_CHANGE: std::time::Duration = std::time::Duration::from_millis(20);
 
 static LEFT_OUT: AtomicU8 = AtomicU8::new(0);
 

@@ -103,13 +103,21 @@ impl Scratch {
         self.view
             .write_slice(copied, BUFFER)
             .map_err(io::Error::other)?;
-        let first = (BUFFER, copied.len(), 0);
+        let first = Some((BUFFER, copied.len(), 0));
+        #[cfg(feature = "weakened")]
+        let (first, copied) = if crate::weakened::Safeguard::Copies.is_left_out() {
+            std::thread::sleep(crate::weakened::TIME_TO_CHANGE);
+            (None, Default::default())
+        } else {
+            (first, copied)
+        };
         let readable = chain
             .readable
             .runs(copied.len())
             .map(|(at, len)| (at, len, 0));
         let writable = chain.writable.runs(0).map(|(at, len)| (at, len, WRITE));
-        let mut runs = std::iter::once(first)
+        let mut runs = first
+            .into_iter()
             .chain(readable)
             .chain(writable)
             .zip(0u16..)
