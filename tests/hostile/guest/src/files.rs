@@ -13,11 +13,11 @@ use crate::machine::read;
 use crate::start::Start;
 use crate::virtio::{Device, FS};
 
-/// The share has the volume somewhat later than the guest runs.
-const TRIES: u32 = 2000;
-/// Levels between the share's root and a volume.
-const LEVELS: u32 = 4;
 const EINVAL: i32 = 22;
+const ENFILE: i32 = 23;
+/// Bounds of what the VMM of the test, whose descriptors are few, lets its guest hold.
+const FEW: u32 = 300;
+const MANY: u32 = 3000;
 /// `O_RDWR`.
 const BOTH_WAYS: u32 = 2;
 /// `RENAME_EXCHANGE`.
@@ -57,9 +57,7 @@ pub fn attack(start: &Start) {
     };
     let mut session = Session::new(device);
     let marker = start.word("marker").as_bytes();
-    let volume = (0..TRIES).find_map(|_| session.find(ROOT, marker, LEVELS));
-    let Some(volume) = volume else {
-        check!(false, "the volume is nowhere in the share");
+    let Some(volume) = session.volume(start) else {
         return;
     };
     let canary = start.word("canary");
@@ -74,6 +72,83 @@ pub fn attack(start: &Start) {
     // An honest request, after all this.
     let found = session.lookup(volume, marker);
     check!(found.is_ok(), "the volume is served as before");
+}
+
+/// More files than the server lets a guest hold: it says so, and after some are closed it goes on.
+pub fn hold_open(start: &Start) {
+    let Some(device) = Device::find(FS) else {
+        check!(false, "no share to attack");
+        return;
+    };
+    let mut session = Session::new(device);
+    let Some(volume) = session.volume(start) else {
+        return;
+    };
+    let Ok((node, handle)) = session.create(volume, b"held") else {
+        check!(false, "no file to hold");
+        return;
+    };
+    // Open files, of one inode.
+    let mut last = handle;
+    let mut held = 1;
+    let refused = loop {
+        match session.open(OPEN, node.id, 0) {
+            Ok(handle) => (last, held) = (handle, held + 1),
+            Err(error) => break error,
+        }
+        if held > MANY {
+            break 0;
+        }
+    };
+    check!(
+        refused == ENFILE && held > FEW,
+        "refused with {refused} after {held} open files"
+    );
+    let marker = start.word("marker").as_bytes();
+    let further = session.lookup(volume, marker).map(|node| node.id);
+    check!(
+        further.is_ok(),
+        "what it knows is looked up still ({further:?})"
+    );
+    let release = [last, 0, 0].map(u64::to_le_bytes);
+    let closed = session.call(RELEASE, node.id, &[release.as_flattened()]);
+    let again = session.open(OPEN, node.id, 0);
+    check!(
+        closed.is_ok() && again.is_ok(),
+        "one for another ({closed:?} {again:?})"
+    );
+    // The session's end closes them all. Then inodes, each of which the server holds a file for.
+    let mut session = Session::new(device);
+    let Some(volume) = session.volume(start) else {
+        return;
+    };
+    let mut known = 0;
+    let refused = loop {
+        match session.lookup(volume, &number(known)) {
+            Ok(_) => known += 1,
+            Err(error) => break error,
+        }
+    };
+    // The test has made more of them than there may be.
+    check!(
+        refused == ENFILE && known > FEW,
+        "refused with {refused} after {known} inodes"
+    );
+    let opened = session.create(volume, b"no more").map(|(node, _)| node.id);
+    check!(opened == Err(ENFILE), "and no file is made ({opened:?})");
+    let mut session = Session::new(device);
+    check!(session.volume(start).is_some(), "another session is served");
+}
+
+/// The name of a file that the test has made.
+fn number(number: u32) -> [u8; 6] {
+    let mut rest = number;
+    let mut name = [0; 6];
+    for digit in name.iter_mut().rev() {
+        *digit = b'0' + (rest % 10) as u8;
+        rest /= 10;
+    }
+    name
 }
 
 /// Names that are paths.

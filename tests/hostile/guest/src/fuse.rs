@@ -1,15 +1,22 @@
 //! A FUSE session by hand (linux/fuse.h, protocol 7): requests as bytes, replies as they come.
 
 use crate::machine::{read, word, write};
+use crate::start::Start;
 use crate::virtio::{Device, NEXT, Queue, WRITE};
 
 const RINGS: u64 = 0x110_0000;
-const REQUEST: u64 = 0x140_0000;
-const REPLY: u64 = 0x180_0000;
+/// Where the first request and its reply are.
+pub const REQUEST: u64 = 0x140_0000;
+pub const REPLY: u64 = 0x180_0000;
 /// Room for each of a few requests at a time, and for a reply.
 const ROOM: u64 = 0x10_0000;
-const REPLY_ROOM: u32 = 0x1_0000;
-const HEADER: u64 = 40;
+pub const REPLY_ROOM: u32 = 0x1_0000;
+pub const HEADER: u64 = 40;
+
+/// The share has the volume somewhat later than the guest runs.
+const TRIES: u32 = 2000;
+/// Levels between the share's root and a volume.
+const LEVELS: u32 = 4;
 
 pub const ROOT: u64 = 1;
 
@@ -59,14 +66,24 @@ pub struct Request<'a> {
 
 /// A session on the device's request queue.
 pub struct Session {
-    device: Device,
-    queue: Queue,
+    pub device: Device,
+    pub queue: Queue,
     unique: u64,
 }
 
 impl Session {
     /// Starts the device and the session.
     pub fn new(device: Device) -> Self {
+        let (session, started) = Self::quietly(device);
+        crate::check!(
+            started.is_ok(),
+            "a session with the file server ({started:?})"
+        );
+        session
+    }
+
+    /// The same without a word; the answer to the session's first request.
+    pub fn quietly(device: Device) -> (Self, Result<u64, i32>) {
         let [_, queue] = device.start(RINGS);
         let mut session = Self {
             device,
@@ -75,11 +92,15 @@ impl Session {
         };
         let body = [7u32, 31, 65_536, 0].map(u32::to_le_bytes);
         let started = session.call(INIT, 0, &[body.as_flattened()]);
-        crate::check!(
-            started.is_ok(),
-            "a session with the file server ({started:?})"
-        );
-        session
+        (session, started)
+    }
+
+    /// The directory that the pod was given, once it is in the share.
+    pub fn volume(&mut self, start: &Start) -> Option<u64> {
+        let marker = start.word("marker").as_bytes();
+        let volume = (0..TRIES).find_map(|_| self.find(ROOT, marker, LEVELS));
+        crate::check!(volume.is_some(), "the volume is in the share");
+        volume
     }
 
     /// Starts anew where the device has stopped.
@@ -89,8 +110,8 @@ impl Session {
         }
     }
 
-    /// Makes a request available as the `slot`th of those on their way.
-    fn post(&mut self, slot: u16, request: &Request<'_>, len: Option<u32>) {
+    /// Writes a request, the `slot`th of those on their way: where it is and its length.
+    fn compose(&mut self, slot: u16, request: &Request<'_>, len: Option<u32>) -> (u64, u32) {
         let at = REQUEST + u64::from(slot) * ROOM;
         let mut end = at + HEADER;
         for piece in request.body {
@@ -104,8 +125,14 @@ impl Session {
         write(at + 8, &self.unique.to_le_bytes());
         write(at + 16, &request.node.to_le_bytes());
         write(at + 24, &[0; 16]);
+        write(REPLY + u64::from(slot) * ROOM, &[0; 16]);
+        (at, size)
+    }
+
+    /// Makes a request available as the `slot`th of those on their way.
+    pub fn post(&mut self, slot: u16, request: &Request<'_>, len: Option<u32>) {
+        let (at, size) = self.compose(slot, request, len);
         let reply = REPLY + u64::from(slot) * ROOM;
-        write(reply, &[0; 16]);
         let head = slot * 2;
         self.queue.descriptor(head, (at, size, NEXT, head + 1));
         self.queue
@@ -225,6 +252,30 @@ impl Session {
         let fixed = [handle, offset, size, 0, 0].map(u64::to_le_bytes);
         self.call(op, node, &[fixed.as_flattened()])
             .map(|len| (REPLY + 16, len))
+    }
+
+    /// Reads, but for the answer's header, to an address of the caller's: how many bytes.
+    pub fn read_into(
+        &mut self,
+        node: u64,
+        handle: u64,
+        address: u64,
+        size: u32,
+    ) -> Result<u64, i32> {
+        let fixed = [handle, 0, u64::from(size), 0, 0].map(u64::to_le_bytes);
+        let body: &[&[u8]] = &[fixed.as_flattened()];
+        let request = Request {
+            op: READ,
+            node,
+            body,
+        };
+        let (at, len) = self.compose(0, &request, None);
+        self.queue
+            .send(&[(at, len, 0), (REPLY, 16, WRITE), (address, size, WRITE)]);
+        match word::<4>(REPLY + 4) as u32 as i32 {
+            0 => (word::<4>(REPLY)).checked_sub(16).ok_or(i32::MAX),
+            error => Err(-error),
+        }
     }
 
     pub fn write(

@@ -13,6 +13,8 @@ const SLEEP_CONTROL: u16 = 0x600;
 const POWER_OFF: u8 = 1 << 5 | 5 << 2;
 /// Memory that attacks may use, above the program and below what any VM has.
 pub const FREE: core::ops::Range<u64> = 0x100_0000..0x300_0000;
+/// Where memory of a small VM may be plugged, as far as it is mapped here.
+pub const PLUGGABLE: core::ops::Range<u64> = 0x1_0000_0000..0x1_4000_0000;
 
 /// Writes a byte to a port.
 pub fn out(port: u16, value: u8) {
@@ -33,6 +35,24 @@ pub fn power_off() -> ! {
         // SAFETY: interrupts are off and stay so: it waits for the VMM to end this.
         unsafe { asm!("hlt", options(nostack, nomem)) };
     }
+}
+
+/// Executes what is no instruction. Without an interrupt table that is a triple fault.
+pub fn undefined() -> ! {
+    // SAFETY: ends the machine.
+    unsafe { asm!("ud2", options(noreturn)) };
+}
+
+/// Goes on in a device's registers, where no instructions are.
+pub fn run_registers(address: u64) -> ! {
+    // SAFETY: ends the machine, as KVM finds nothing to fetch there.
+    unsafe { asm!("jmp {}", in(reg) address, options(noreturn)) };
+}
+
+/// Reads a device's registers by an instruction that KVM does not know how to emulate.
+pub fn add_registers(address: u64) {
+    // SAFETY: as of any register; the sum goes nowhere.
+    unsafe { asm!("haddps xmm0, [{}]", in(reg) address, out("xmm0") _, options(nostack)) };
 }
 
 /// The processor's time stamp.
@@ -70,6 +90,33 @@ pub fn write(address: u64, bytes: &[u8]) {
         // SAFETY: mapped, and no Rust object lies there.
         unsafe { (at as *mut u8).write_volatile(*byte) };
     }
+}
+
+/// Writes an integer of 2, 4 or 8 bytes at once, where a device or another processor may be reading it.
+pub fn put(address: u64, width: u8, value: u64) {
+    assert!(FREE.contains(&address) && address.is_multiple_of(width.into()));
+    // SAFETY: free memory, in which no Rust object lies; aligned.
+    unsafe {
+        match width {
+            2 => (address as *mut u16).write_volatile(value as u16),
+            4 => (address as *mut u32).write_volatile(value as u32),
+            _ => (address as *mut u64).write_volatile(value),
+        }
+    }
+}
+
+/// Reads where memory may be plugged.
+pub fn read_pluggable(address: u64) -> u64 {
+    assert!(PLUGGABLE.contains(&address) && address.is_multiple_of(8));
+    // SAFETY: mapped where it is (entry.rs); what the VMM has there, if anything, is no Rust object's.
+    unsafe { (address as *const u64).read_volatile() }
+}
+
+/// Writes there.
+pub fn write_pluggable(address: u64, value: u64) {
+    assert!(PLUGGABLE.contains(&address) && address.is_multiple_of(8));
+    // SAFETY: as above.
+    unsafe { (address as *mut u64).write_volatile(value) };
 }
 
 /// Writes a few bytes at the end of the machine's RAM.

@@ -8,10 +8,15 @@
 
 mod door;
 mod entry;
+mod exits;
 mod files;
 mod fuse;
 mod machine;
+mod memory;
+mod net;
 mod queues;
+mod races;
+mod second;
 mod sockets;
 mod start;
 mod virtio;
@@ -30,12 +35,40 @@ macro_rules! check {
     ($held:expr, $($what:tt)*) => { $crate::report($held, format_args!($($what)*)) };
 }
 
+/// Attempts of one sort: each that fails has a line, and all together have one. A line takes longer than most attempts.
+#[derive(Default)]
+struct Tally {
+    tried: u32,
+    moved: u32,
+}
+
+impl Tally {
+    /// Notes how an attempt ended.
+    fn note(&mut self, held: bool, what: core::fmt::Arguments<'_>) {
+        self.tried += 1;
+        if !held {
+            self.moved += 1;
+            report(false, what);
+        }
+    }
+
+    /// Tells of all of them.
+    fn told(self, what: core::fmt::Arguments<'_>) {
+        report(self.moved == 0, format_args!("{} {what}", self.tried));
+    }
+}
+
 fn main(start_info: u64) -> ! {
     let start = Start::read(start_info);
     match start.word("hostile") {
         "hello" => say!("held: hello from {} MiB", start.ram >> 20),
         "queues" => queues::attack(&start),
         "files" => files::attack(&start),
+        "held_open" => files::hold_open(&start),
+        "net" => net::attack(&start),
+        "memory" => memory::attack(&start),
+        "races" => races::attack(&start),
+        "exits" => exits::attack(&start),
         "sockets" => sockets::attack(),
         "door" => door::attack(&start),
         other => say!("MOVED: nothing is called {other:?}"),

@@ -111,25 +111,41 @@ fn queue_of(device: Device, index: usize) -> Queue {
 }
 
 fn each_fault(device: Device, id: u32, index: usize, start: &Start) {
+    faults(&format_args!("device {id}"), index, start, || {
+        queue_of(device, index)
+    });
+    device.reset();
+}
+
+/// Does each of them to a queue that is brought up anew.
+pub fn faults(
+    device: &dyn core::fmt::Display,
+    index: usize,
+    start: &Start,
+    mut bring_up: impl FnMut() -> Queue,
+) {
     const MARK: [u8; 64] = [0x5a; 64];
     for (what, fault) in FAULTS {
-        let mut queue = queue_of(device, index);
+        let mut queue = bring_up();
         write_at_end(start.ram, &MARK);
         fill(BUFFER, 64, 0xa5);
         fault(&mut queue, start);
         queue.kick();
         let mut after = [0; 64];
-        let stopped = wait(|| device.needs_reset());
+        let stopped = wait(|| queue.device.needs_reset());
         machine::read(start.ram - 64, &mut after);
         let untouched = after == MARK && is_filled(BUFFER, 64, 0xa5);
         let mut answers = queue;
         let unanswered = answers.take().is_none();
-        check!(
-            stopped && untouched && unanswered,
-            "device {id}, queue {index}: {what} (stopped {stopped}, untouched {untouched}, unanswered {unanswered})"
-        );
+        if stopped && untouched && unanswered {
+            check!(true, "{device}, queue {index}: {what}");
+        } else {
+            check!(
+                false,
+                "{device}, queue {index}: {what} (stopped {stopped}, untouched {untouched}, unanswered {unanswered})"
+            );
+        }
     }
-    device.reset();
 }
 
 /// 64 bytes of entropy, if the device gives any.
@@ -286,7 +302,7 @@ fn balloon_pages(start: &Start) {
 }
 
 /// Every byte of every device's configuration is written, and far beyond it.
-fn lying_configuration() {
+pub fn lying_configuration() {
     for (device, id) in Device::all() {
         device.negotiate();
         for offset in (0..64).chain([0xe00, 0xefc]) {

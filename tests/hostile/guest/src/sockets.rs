@@ -5,7 +5,7 @@ use crate::machine::{word, write};
 use crate::virtio::{Device, Queue, VSOCK, WRITE, wait};
 
 const RINGS: u64 = 0x110_0000;
-const PACKET: u64 = 0x120_0000;
+pub const PACKET: u64 = 0x120_0000;
 const RECEIVED: u64 = 0x140_0000;
 const BUFFERS: u16 = 64;
 const BUFFER_LEN: u32 = 4096;
@@ -53,14 +53,15 @@ impl Packet {
     }
 }
 
-struct Socket {
+/// A driver of the device.
+pub struct Socket {
     device: Device,
     receive: Queue,
-    send: Queue,
+    pub send: Queue,
 }
 
 impl Socket {
-    fn new(device: Device) -> Self {
+    pub fn new(device: Device) -> Self {
         let [mut receive, send, _events] = device.start(RINGS);
         for index in 0..BUFFERS {
             let at = RECEIVED + u64::from(index) * u64::from(BUFFER_LEN);
@@ -103,7 +104,7 @@ impl Socket {
     }
 
     /// The same, if there is one already.
-    fn received(&mut self) -> Option<(u16, u32, u32)> {
+    pub fn received(&mut self) -> Option<(u16, u32, u32)> {
         let (head, _) = self.receive.take()?;
         Some(self.heard(head))
     }
@@ -124,6 +125,20 @@ impl Socket {
     fn is_quiet(&mut self) -> bool {
         self.send(Packet::new(DATA, NOBODY));
         self.receive() == Some((RESET, NOBODY, 0))
+    }
+}
+
+impl Socket {
+    /// The same, once what was under way has come.
+    pub fn is_quiet_in_time(&mut self) -> bool {
+        self.send(Packet::new(DATA, NOBODY));
+        loop {
+            match self.receive() {
+                Some((RESET, NOBODY, 0)) => return true,
+                Some(_) => {}
+                None => return false,
+            }
+        }
     }
 }
 

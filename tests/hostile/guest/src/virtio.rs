@@ -8,9 +8,11 @@ const WINDOW: u64 = 0x1000;
 const MOST: u64 = 19;
 
 /// Virtio's numbers of the devices.
+pub const NET: u32 = 1;
 pub const RNG: u32 = 4;
 pub const BALLOON: u32 = 5;
 pub const VSOCK: u32 = 19;
+pub const MEM: u32 = 24;
 pub const FS: u32 = 26;
 
 /// Registers (virtio 1.2, 4.2.2).
@@ -55,6 +57,11 @@ pub fn wait(mut is_so: impl FnMut() -> bool) -> bool {
         }
     }
     true
+}
+
+/// Ticks since then.
+pub fn ticks_passed(since: u64) -> u64 {
+    ticks().wrapping_sub(since)
 }
 
 /// One device.
@@ -106,10 +113,15 @@ impl Device {
 
     /// Resets it and goes as far as to where queues are set up.
     pub fn negotiate(self) {
+        self.negotiate_with(0);
+    }
+
+    /// The same with features of its own, all in the lower half.
+    pub fn negotiate_with(self, features: u32) {
         self.reset();
         self.set(STATUS, 1);
         self.set(STATUS, 3);
-        for (page, features) in [(0, INDIRECT), (1, 1)] {
+        for (page, features) in [(0, INDIRECT | features), (1, 1)] {
             self.set(DRIVER_FEATURES_SEL, page);
             self.set(DRIVER_FEATURES, features);
         }
@@ -118,7 +130,12 @@ impl Device {
 
     /// Resets it and brings it up with so many queues, whose rings lie one after the other from `at`.
     pub fn start<const N: usize>(self, at: u64) -> [Queue; N] {
-        self.negotiate();
+        self.start_with(at, 0)
+    }
+
+    /// The same with features of its own.
+    pub fn start_with<const N: usize>(self, at: u64, features: u32) -> [Queue; N] {
+        self.negotiate_with(features);
         let mut next = 0;
         let queues = [(); N].map(|()| {
             let queue = Queue::new(self, next, at + u64::from(next) * RINGS);
@@ -220,6 +237,18 @@ impl Queue {
             used.is_some() || self.device.needs_reset()
         });
         used
+    }
+
+    /// A chain of these buffers, from the first descriptor on, is used in the end.
+    pub fn send(&mut self, buffers: &[(u64, u32, u16)]) -> bool {
+        let last = buffers.len() - 1;
+        for (index, (address, len, flags)) in (0..).zip(buffers) {
+            let next = if usize::from(index) < last { NEXT } else { 0 };
+            self.descriptor(index, (*address, *len, flags | next, index + 1));
+        }
+        self.offer(0);
+        self.kick();
+        self.taken().is_some()
     }
 
     /// One request: what is to be read, then what may be written. The length that was written, if it is answered.

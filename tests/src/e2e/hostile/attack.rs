@@ -3,11 +3,11 @@
 use std::{
     fs,
     os::unix::fs::MetadataExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command},
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use husk_tests::{host::Traces, wait};
 use tempfile::TempDir;
 
@@ -18,6 +18,39 @@ const MARKER: &str = "this-is-the-volume";
 
 /// What the VMM says of a chain that no driver makes.
 const FAULT: &str = "device stopped";
+
+/// A hostile guest and its pod.
+#[derive(Clone, Copy, Default)]
+pub struct Guest<'a> {
+    /// Parameters that say what to try.
+    pub what: &'a str,
+    /// The safeguards that the weakened VMM leaves out; the VMM as it is installed where that is `None`.
+    pub without: Option<&'a str>,
+    /// Lines of husk's configuration.
+    pub settings: &'a str,
+    /// More flags of `ctr run`.
+    pub flags: &'a [&'a str],
+    /// How many descriptors the VMM may have, where that is not what the suite has.
+    pub descriptors: Option<u64>,
+}
+
+impl<'a> Guest<'a> {
+    /// One in the plainest pod.
+    pub fn new(what: &'a str) -> Self {
+        Self {
+            what,
+            ..Self::default()
+        }
+    }
+
+    /// The same on the weakened VMM.
+    pub fn without(self, without: &'a str) -> Self {
+        Self {
+            without: Some(without),
+            ..self
+        }
+    }
+}
 
 /// What a guest is after: a directory of the host, and a process.
 pub struct Attack {
@@ -35,13 +68,10 @@ impl Attack {
         let at = canary.path();
         fs::write(at.join("secret"), "a secret")?;
         fs::write(at.join("other"), "another")?;
-        let program = at.join("program");
-        fs::write(
-            &program,
-            format!("#!/bin/sh\n: > {}/planted\n", at.display()),
+        program(
+            at.join("program"),
+            &format!("#!/bin/sh\n: > {}/planted\n", at.display()),
         )?;
-        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        fs::set_permissions(&program, executable)?;
         fs::write(volume.path().join(MARKER), "")?;
         Ok(Self {
             before: tree(at)?,
@@ -51,8 +81,15 @@ impl Attack {
         })
     }
 
-    /// Starts a pod with the hostile guest, and waits for its end. With `without`, by the weakened VMM, which leaves these safeguards out.
-    pub fn run(&self, suite: &Context, what: &str, without: Option<&str>) -> Result<Report> {
+    /// Starts a pod with the hostile guest, and waits for its end.
+    pub fn run(&self, suite: &Context, guest: &Guest<'_>) -> Result<Report> {
+        let Guest {
+            what,
+            without,
+            settings,
+            flags,
+            descriptors,
+        } = *guest;
         let lib = suite.bin.join("../lib/husk");
         let vmm = match without {
             Some(_) => "husk-vmm-weakened",
@@ -64,12 +101,20 @@ impl Attack {
             self.victim.id(),
             without.unwrap_or_default(),
         );
-        let settings = format!(
-            "kernel = {:?}\nvmm = {:?}\nkernel_params = {params:?}\n",
-            lib.join("hostile.elf"),
-            lib.join(vmm),
-        );
         let dir = tempfile::tempdir()?;
+        let mut vmm = lib.join(vmm);
+        if let Some(most) = descriptors {
+            // Without this capability it cannot raise what it is given.
+            let script = format!(
+                "#!/bin/sh\nulimit -n {most}\nexec setpriv --bounding-set -sys_resource {} \"$@\"\n",
+                vmm.display()
+            );
+            vmm = program(dir.path().join("vmm"), &script)?;
+        }
+        let settings = format!(
+            "kernel = {:?}\nvmm = {vmm:?}\nkernel_params = {params:?}\nstart_timeout_ms = 300000\n{settings}",
+            lib.join("hostile.elf"),
+        );
         let path = dir.path().join("config.toml");
         fs::write(&path, settings)?;
         let mount = format!(
@@ -78,13 +123,9 @@ impl Attack {
         );
         let traces = Traces::now();
         let length = suite.containerd.log().len();
-        let flags = [
-            "--runtime-config-path",
-            &path.to_string_lossy(),
-            "--mount",
-            &mount,
-        ];
-        let out = suite.run(&flags, &["true"])?;
+        let path = path.to_string_lossy();
+        let own = ["--runtime-config-path", &*path, "--mount", &mount];
+        let out = suite.run(&[&own, flags].concat(), &["true"])?;
         ensure!(
             out.code != 0,
             "a guest without an agent has started: {out:?}"
@@ -94,7 +135,7 @@ impl Attack {
         let panics: Vec<_> = log.lines().filter(|l| l.contains("\"thread '")).collect();
         ensure!(panics.is_empty(), "husk-vmm panicked: {panics:#?}");
         Ok(Report {
-            lines: log.lines().filter_map(line).collect(),
+            lines: log.lines().filter_map(message).collect(),
             faults: log.lines().filter(|l| l.contains(FAULT)).count(),
             error: out.errors(),
         })
@@ -160,6 +201,24 @@ pub struct Report {
 }
 
 impl Report {
+    /// Of a guest whose console was at hand, and whose VM ended so.
+    pub fn of(console: &[String], error: String) -> Self {
+        Self {
+            lines: console.iter().filter(|l| is_told(l)).cloned().collect(),
+            faults: 0,
+            error,
+        }
+    }
+
+    /// What the guest told of so many of something: `held: N WORDS`.
+    pub fn count(&self, words: &str) -> Result<usize> {
+        let told = self.lines.iter().find_map(|line| {
+            let line = line.strip_prefix("held: ")?;
+            line.strip_suffix(words)?.trim_end().parse().ok()
+        });
+        told.with_context(|| format!("no number of {words}: {self:#?}"))
+    }
+
     /// Each attempt was held, at least so many of them, and the guest got to its end.
     pub fn all_held(&self, least: usize) -> Result<()> {
         let moved: Vec<_> = self
@@ -175,6 +234,11 @@ impl Report {
         let held = self.lines.len() - 1;
         ensure!(held >= least, "{held} attempts: {self:#?}");
         Ok(())
+    }
+
+    /// An attempt succeeded.
+    pub fn has_moved(&self) -> bool {
+        self.lines.iter().any(|line| line.starts_with("MOVED"))
     }
 
     /// The guest got to its end.
@@ -204,15 +268,25 @@ impl Report {
     }
 }
 
+/// Writes a script.
+fn program(path: PathBuf, script: &str) -> Result<PathBuf> {
+    fs::write(&path, script)?;
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(&path, executable)?;
+    Ok(path)
+}
+
 /// A line of the guest's in containerd's log, where it is the message of one of the shim's, in quotes.
-fn line(line: &str) -> Option<String> {
+fn message(line: &str) -> Option<String> {
     let (_, message) = line.split_once("msg=\"")?;
     let (message, _) = message.split_once("\" pod=")?;
-    let is_ours = message == "done"
-        || ["held: ", "MOVED: "]
-            .iter()
-            .any(|word| message.starts_with(word));
-    is_ours.then(|| message.replace("\\\"", "\"").replace("\\\\", "\\"))
+    is_told(message).then(|| message.replace("\\\"", "\"").replace("\\\\", "\\"))
+}
+
+/// Is this a line of the guest's?
+fn is_told(line: &str) -> bool {
+    let words = ["held: ", "MOVED: "];
+    line == "done" || words.iter().any(|word| line.starts_with(word))
 }
 
 /// Names, kinds, modes, owners, times and contents of all that is below a directory, and of itself.

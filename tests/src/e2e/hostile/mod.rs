@@ -6,18 +6,25 @@
 
 mod attack;
 mod containers;
+mod devices;
 
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{Test, context::Context, husk_test};
-use attack::{Attack, Report};
+use attack::{Attack, Guest, Report};
 
 pub const TESTS: &[Test] = &[
     husk_test("queues", queues),
     husk_test("files", files),
     husk_test("sockets", sockets),
+    husk_test("network", devices::network),
+    husk_test("memory", devices::memory),
+    husk_test("memory_that_is_granted", devices::memory_granted),
+    husk_test("races", devices::races),
+    husk_test("files_held_open", devices::files_held_open),
+    husk_test("exits", devices::exits),
     husk_test("no_door_in_a_release", no_door),
     husk_test("names_unchecked", names_unchecked),
     husk_test("an_owned_vmm_and_the_hosts_files", owned_files),
@@ -43,25 +50,26 @@ const FORBIDDEN: &str = "a system call that its jail forbids";
 
 /// Malformed chains, rings, registers and resets; beside it, another pod goes on.
 fn queues(suite: &Context) -> Result<()> {
-    let report = beside_a_neighbour(suite, "hostile=queues", 100)?;
+    let report = beside_a_neighbour(suite, &Guest::new("hostile=queues"), 100)?;
     ensure!(report.names_faults(), "{report:?}");
     Ok(())
 }
 
 /// Names, links, special files, handles and lengths; an exchange of a directory for a link while it is used.
 fn files(suite: &Context) -> Result<()> {
-    beside_a_neighbour(suite, "hostile=files", 140).map(drop)
+    beside_a_neighbour(suite, &Guest::new("hostile=files"), 140).map(drop)
 }
 
 /// Packets of nobody and dials to whom the pod was not given.
 fn sockets(suite: &Context) -> Result<()> {
-    beside_a_neighbour(suite, "hostile=sockets", 40).map(drop)
+    beside_a_neighbour(suite, &Guest::new("hostile=sockets"), 40).map(drop)
 }
 
-fn beside_a_neighbour(suite: &Context, what: &str, least: usize) -> Result<Report> {
+/// Runs a guest that comes to its end beside a pod that has to live on.
+fn beside_a_neighbour(suite: &Context, guest: &Guest<'_>, least: usize) -> Result<Report> {
     let neighbour = suite.detached(&[], &["sleep", "1000"])?;
     let attack = Attack::prepare()?;
-    let report = attack.run(suite, what, None)?;
+    let report = attack.run(suite, guest)?;
     report.all_held(least)?;
     report.ended(OFF)?;
     attack.nothing_moved()?;
@@ -73,7 +81,7 @@ fn beside_a_neighbour(suite: &Context, what: &str, least: usize) -> Result<Repor
 /// What the other tests go through is not in the program that is installed.
 fn no_door(suite: &Context) -> Result<()> {
     let attack = Attack::prepare()?;
-    let report = attack.run(suite, "hostile=door try=nothing", None)?;
+    let report = attack.run(suite, &Guest::new("hostile=door try=nothing"))?;
     report.all_held(1)?;
     attack.nothing_moved()?;
     let contains = |name: &str| -> Result<bool> {
@@ -88,7 +96,7 @@ fn no_door(suite: &Context) -> Result<()> {
 /// Without the check of names, the jail's root is what holds.
 fn names_unchecked(suite: &Context) -> Result<()> {
     let attack = Attack::prepare()?;
-    let report = attack.run(suite, "hostile=files", Some("names"))?;
+    let report = attack.run(suite, &Guest::new("hostile=files").without("names"))?;
     ensure!(
         report.moved("looked up \"..\""),
         "the names were checked: {report:?}"
@@ -103,7 +111,10 @@ fn names_unchecked(suite: &Context) -> Result<()> {
 /// A thread of the file server that does what the guest says finds no file of the host.
 fn owned_files(suite: &Context) -> Result<()> {
     let attack = Attack::prepare()?;
-    let report = attack.run(suite, "hostile=door try=files", Some("nothing"))?;
+    let report = attack.run(
+        suite,
+        &Guest::new("hostile=door try=files").without("nothing"),
+    )?;
     report.all_held(15)?;
     attack.nothing_moved()
 }
@@ -121,7 +132,7 @@ fn owned_calls(suite: &Context) -> Result<()> {
         "vcpu_mkdir",
     ] {
         let words = format!("hostile=door try={call}");
-        let report = attack.run(suite, &words, Some("nothing"))?;
+        let report = attack.run(suite, &Guest::new(&words).without("nothing"))?;
         report.ended(FORBIDDEN).context(call)?;
         ensure!(!report.is_done(), "{call}: {report:?}");
     }
@@ -131,7 +142,10 @@ fn owned_calls(suite: &Context) -> Result<()> {
 /// Without the filter, capabilities, namespaces and the jail's root hold.
 fn owned_without_filter(suite: &Context) -> Result<()> {
     let attack = Attack::prepare()?;
-    let report = attack.run(suite, "hostile=door try=second", Some("seccomp"))?;
+    let report = attack.run(
+        suite,
+        &Guest::new("hostile=door try=second").without("seccomp"),
+    )?;
     report.all_held(25)?;
     report.ended(OFF)?;
     attack.nothing_moved()
@@ -141,26 +155,32 @@ fn owned_without_filter(suite: &Context) -> Result<()> {
 fn bite(suite: &Context) -> Result<()> {
     // The file server without a check of names, on the host's own root.
     let attack = Attack::prepare()?;
-    let report = attack.run(suite, "hostile=files", Some("names,jail"))?;
+    let report = attack.run(suite, &Guest::new("hostile=files").without("names,jail"))?;
     let is_removed = report.moved("the removal of a file outside (Ok");
     ensure!(is_removed && attack.secret().is_err(), "{report:?}");
     ensure!(attack.nothing_moved().is_err());
 
     // The VMM's threads outside of the jail.
     let attack = Attack::prepare()?;
-    let report = attack.run(suite, "hostile=door try=files", Some("jail"))?;
+    let report = attack.run(suite, &Guest::new("hostile=door try=files").without("jail"))?;
     ensure!(report.moved("read \"a secret\" by its path"), "{report:?}");
     ensure!(attack.secret()? == "moved", "{report:?}");
     ensure!(attack.has_planted(), "{report:?}");
 
     // And with no filter: a program of the host's runs.
     let attack = Attack::prepare()?;
-    attack.run(suite, "hostile=door try=execve", Some("jail,seccomp"))?;
+    attack.run(
+        suite,
+        &Guest::new("hostile=door try=execve").without("jail,seccomp"),
+    )?;
     attack.planted_in_time()?;
 
     // A call that the filter would have ended the VM for goes through.
     let attack = Attack::prepare()?;
-    let report = attack.run(suite, "hostile=door try=socket", Some("seccomp"))?;
+    let report = attack.run(
+        suite,
+        &Guest::new("hostile=door try=socket").without("seccomp"),
+    )?;
     ensure!(report.moved("socket"), "{report:?}");
     report.ended(OFF)
 }

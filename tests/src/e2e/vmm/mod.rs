@@ -1,6 +1,6 @@
 //! husk-vmm on its own: its control channel, and guests of every size and end.
 
-mod process;
+pub mod process;
 
 use std::{thread, time::Duration};
 
@@ -32,7 +32,13 @@ $b grep MemTotal /proc/meminfo; $b stty sane; $b poweroff -f; $b sleep 1000";
 const BUSY: &str = "echo ready; while :; do :; done";
 
 fn launched(context: &Context, init: &str, vcpus: u8, memory_mib: u64) -> Result<Vmm> {
-    let mut vmm = Vmm::start(context, &Guest { init, kernel: None })?;
+    let mut vmm = Vmm::start(
+        context,
+        &Guest {
+            init,
+            ..Guest::default()
+        },
+    )?;
     let answer = vmm.ask(json!({ "launch": Vmm::config(vcpus, memory_mib) }))?;
     let time = |phase: &str| answer["launched"][phase].as_u64().unwrap_or(0);
     let phases = ["process_started", "vm_built", "vcpus_running"].map(time);
@@ -202,7 +208,10 @@ fn refused_launches(context: &Context) -> Result<()> {
         (Some("/dev/null"), Vmm::config(1, 128), "empty"),
     ];
     for (kernel, config, says) in cases {
-        let guest = Guest { init: "", kernel };
+        let guest = Guest {
+            kernel,
+            ..Guest::default()
+        };
         let mut vmm = Vmm::start(context, &guest)?;
         let outcome = vmm.call(json!({ "launch": config }))?;
         ensure!(

@@ -50,12 +50,15 @@ fn apart(mut command: Command) -> Result<Child> {
     Ok(started.map_err(|_| anyhow!("the thread has failed"))??)
 }
 
-/// What the guest is made from.
+/// What the guest is made from, and what runs it.
+#[derive(Default)]
 pub struct Guest<'a> {
     /// Shell script that is the guest's `/init`; `$b` is busybox.
     pub init: &'a str,
     /// Kernel, if not husk's.
     pub kernel: Option<&'a str>,
+    /// VMM beside husk's, if not husk's.
+    pub vmm: Option<&'a str>,
 }
 
 impl Vmm {
@@ -80,7 +83,7 @@ impl Vmm {
             parent_fd,
             child_fd,
         };
-        let mut command = Command::new(lib.join("husk-vmm"));
+        let mut command = Command::new(lib.join(guest.vmm.unwrap_or("husk-vmm")));
         command.args(["--control-fd", "3"]).fd_mappings(vec![
             mapping(theirs, CONTROL),
             mapping(kvm.into(), KVM),
@@ -179,6 +182,13 @@ impl Vmm {
             }
         }
         bail!("the console ended without {prefix:?}: {lines:#?}")
+    }
+
+    /// Console lines until the guest is no more.
+    pub fn console_to_its_end(&mut self) -> Result<Vec<String>> {
+        let console = self.console.take().context("the console was given away")?;
+        let lines = console.lines();
+        Ok(lines.collect::<Result<_, _>>()?)
     }
 
     /// CPU time that the guest has had in all its vCPUs, in clock ticks.
