@@ -160,6 +160,7 @@ fn main() -> ExitCode {
         let workload: Option<fn(&Path) -> Result<()>> = match name.as_str() {
             "watch-workload" => Some(volumes::watch_workload),
             "read-ahead-workload" => Some(survival::read_ahead_workload),
+            "exchange-workload" => Some(hostile::exchange_workload),
             "map-workload" => Some(features::map_workload),
             _ => None,
         };

@@ -4,14 +4,23 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use husk_tests::{ctr::Running, host::Traces, spec::SpecRun, wait};
+use husk_tests::{
+    cri::{Cri, Pod, container, security, v1},
+    ctr::Running,
+    host::Traces,
+    spec::SpecRun,
+    wait,
+};
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde_json::json;
 
 use super::attack::{Attack, tree};
-use crate::context::Context;
+use crate::{context::Context, workload::Workload};
 
 /// What runs a program outside of a container, writes where that may not, and reads disks: all of it is the guest's alone.
 pub fn privileged(suite: &Context) -> Result<()> {
@@ -128,6 +137,141 @@ time.sleep(100000)
     let kill = ["task", "kill", "--signal", "SIGKILL", &id];
     suite.containerd.run_ctr(&kill)?.ok()?;
     running.finish()?.exited(137).map(drop)
+}
+
+/// Containers that are made while the parent of what they mount is a directory and a link in turn.
+const ROUNDS: u32 = 3;
+
+/// The attacker's part, in a container: exchanges two names of the volume for as long as it lives.
+pub fn exchange_workload(volume: &Path) -> Result<()> {
+    let at = |name: &str| volume.join(name);
+    println!("ready");
+    loop {
+        renameat2(
+            AT_FDCWD,
+            &at("real"),
+            AT_FDCWD,
+            &at("link"),
+            RenameFlags::RENAME_EXCHANGE,
+        )?;
+        // Others of the VM, which may have one CPU, come to run as well.
+        thread::sleep(Duration::from_micros(500));
+    }
+}
+
+/// A volume is mounted below a name that another container of the pod exchanges for a link (CVE-2021-30465): it comes to lie in its own
+/// container, in the directory or where the link leads there, and nowhere else in the guest.
+pub fn mounts_and_exchanges(suite: &Context) -> Result<()> {
+    let attack = Attack::prepare()?;
+    let work = tempfile::tempdir()?;
+    let workload = Workload::new(suite, work.path())?;
+    let volume = attack.volume();
+    let up = Path::new("../../../../../../../../../..");
+    fs::create_dir(volume.join("real"))?;
+    symlink(
+        up.join(attack.canary().strip_prefix("/")?),
+        volume.join("link"),
+    )?;
+    let extra = tempfile::tempdir()?;
+    fs::write(extra.path().join("mark"), "marked")?;
+    let mount = |host: &Path, inside: &str| v1::Mount {
+        host_path: host.to_string_lossy().into_owned(),
+        container_path: inside.into(),
+        ..Default::default()
+    };
+
+    let cri = suite.cri()?;
+    let (pod, looking) = guests_own_view(cri)?;
+    let looker = pod.start(looking)?;
+    let mut attacker = workload.container(&["exchange-workload", "/vol"]);
+    attacker.mounts.push(mount(volume, "/vol"));
+    let attacker = pod.start(attacker)?;
+    wait::until("the names to be exchanged", || {
+        (attacker.logged("stdout") == "ready").then_some(())
+    })?;
+    let guests_mounts = || looker.sh("cut -d' ' -f5- /proc/1/mountinfo | sort")?.ok();
+    let attackers_mounts = || {
+        attacker
+            .sh("cut -d' ' -f5- /proc/self/mountinfo | sort")?
+            .ok()
+    };
+    let before = (guests_mounts()?, attackers_mounts()?);
+    ensure!(
+        before.0 != before.1,
+        "the guest's own mounts are not seen: {before:?}"
+    );
+    let (mut started, mut below_the_link, mut gone) = (0, 0, 0);
+    for _ in 0..ROUNDS {
+        // Where it is; the guest's own root has the agent's file, and no container's has.
+        let mut victim = container(&[
+            "sh",
+            "-c",
+            "grep -c ' /[^ ]*inner ' /proc/self/mountinfo; awk '$5 ~ /inner$/ {print $5}' /proc/self/mountinfo; exec sleep 1000000",
+        ]);
+        victim.mounts = vec![
+            mount(volume, "/vol"),
+            mount(extra.path(), "/vol/real/inner"),
+        ];
+        let victim = pod.create(victim)?;
+        if let Err(error) = victim.start() {
+            let words = format!("{error:#}");
+            ensure!(words.contains("/vol/real/inner"), "{words}");
+            victim.remove()?;
+            continue;
+        }
+        started += 1;
+        let lines = wait::until("the container to say where its mounts are", || {
+            let said = victim.logged("stdout");
+            (said.lines().count() >= 2).then_some(said)
+        })?;
+        let place = lines.lines().last().unwrap_or_default().to_owned();
+        ensure!(lines.starts_with("1\n"), "{lines}");
+        let elsewhere = format!("{}/inner", attack.canary().display());
+        below_the_link += u32::from(place == elsewhere);
+        let is_inside = ["/vol/real/inner", "/vol/link/inner", &elsewhere].contains(&&*place);
+        ensure!(is_inside, "{place}");
+        // Found there by one of the names at one time, unless its own kernel has let go of a mount whose directory had gone.
+        let look = format!(
+            "for n in $(seq 1 100); do cat {place}/mark /vol/link/inner/mark 2>/dev/null && exit; grep -q '/inner ' /proc/self/mountinfo || exit 3; done"
+        );
+        let looked = victim.sh(&look)?;
+        let found = looked.out.starts_with("marked");
+        gone += u32::from(looked.code == 3);
+        ensure!(found || looked.code == 3, "{place}: {looked:?}");
+        ensure!(attackers_mounts()? == before.1, "in the other container");
+        victim.remove()?;
+    }
+    ensure!(started > 0, "no container has started");
+    eprintln!(
+        "of {ROUNDS} containers {started} started, {below_the_link} with the mount where the link leads, {gone} lost it"
+    );
+    let after = wait::until("the guest to have the mounts that it had", || {
+        let after = guests_mounts().ok()?;
+        (after == before.0).then_some(after)
+    });
+    ensure!(
+        after.is_ok(),
+        "the guest's mounts were {}\nand are {}",
+        before.0,
+        guests_mounts()?
+    );
+    ensure!(fs::read_dir(extra.path())?.count() == 1);
+    attack.nothing_moved()
+}
+
+/// A pod, and a container in it that sees the guest's first process, with every capability.
+fn guests_own_view(cri: &Cri) -> Result<(Pod<'_>, v1::ContainerConfig)> {
+    let shared = v1::NamespaceMode::Pod.into();
+    let mut config = cri.pod_config();
+    let linux = config.linux.get_or_insert_default();
+    let context = linux.security_context.get_or_insert_default();
+    context.privileged = true;
+    context.namespace_options.get_or_insert_default().pid = shared;
+    let mut looking = container(&["sleep", "1000000"]);
+    let context = security(&mut looking);
+    context.privileged = true;
+    context.namespace_options.get_or_insert_default().pid = shared;
+    Ok((cri.run_pod(config)?, looking))
 }
 
 /// A root file system like the suite's, below `dir`.

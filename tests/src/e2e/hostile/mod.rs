@@ -8,6 +8,8 @@ mod attack;
 mod containers;
 mod devices;
 
+pub use containers::exchange_workload;
+
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
@@ -33,6 +35,10 @@ pub const TESTS: &[Test] = &[
     husk_test("the_attacks_bite", bite),
     husk_test("containers_privileged", containers::privileged),
     husk_test("containers_dials", containers::dials),
+    husk_test(
+        "containers_mounts_and_exchanges",
+        containers::mounts_and_exchanges,
+    ),
     husk_test(
         "containers_working_directories",
         containers::working_directories,
