@@ -23,6 +23,7 @@ mod huge_pages;
 pub mod launch;
 pub mod log;
 pub mod loopback;
+pub mod names;
 pub mod net;
 pub mod polled;
 pub mod power;

@@ -14,14 +14,15 @@ use husk_protocol::agent::{
     CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse,
     Empty, Event, ExecProcessRequest, ExecProcessResponse, ForwardPortRequest,
     ListProcessesResponse, Network, OomKill, ProcessInfo, ProcessRequest, ResizeRequest,
-    ResizeResponse, ResizeTerminalRequest, SignalProcessRequest, SyncVolumeRequest,
-    UpdateContainerRequest, WaitProcessResponse, create_agent, event,
+    ResizeResponse, ResizeTerminalRequest, ServeNamesRequest, SignalProcessRequest,
+    SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse, create_agent, event,
 };
 use husk_protocol::guest_path;
 use tokio::sync::Notify;
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, TtrpcContext};
 
+use crate::boot::CGROUP_ROOT;
 use crate::clock;
 use crate::connection::Connection;
 use crate::containers::Containers;
@@ -30,6 +31,7 @@ use crate::dial::Host;
 use crate::error::AgentError;
 use crate::events::{Events, OomWatch};
 use crate::forward;
+use crate::names;
 use crate::net;
 use crate::polled::Polled;
 use crate::reaper::Reaper;
@@ -50,6 +52,7 @@ pub struct Service<R: Runtime> {
     events: Arc<Events>,
     milestones: Milestones,
     set_up: AtomicBool,
+    serves_names: AtomicBool,
     over: Arc<Notify>,
 }
 
@@ -81,6 +84,7 @@ impl<R: Runtime> Service<R> {
             events,
             milestones,
             set_up: AtomicBool::new(false),
+            serves_names: AtomicBool::new(false),
             over: Arc::new(Notify::new()),
         })
     }
@@ -199,6 +203,21 @@ impl<R: Runtime> Agent for Service<R> {
         let plan = forward::Plan::new(&request)?;
         // Half a port-forward is none: it may end with its caller.
         plan.open(&*self.host).await?;
+        Ok(Empty::new())
+    }
+
+    async fn serve_names(
+        &self,
+        _: &TtrpcContext,
+        request: ServeNamesRequest,
+    ) -> ttrpc::Result<Empty> {
+        let plan = names::Plan::new(&request)?;
+        // The kernel would ask the programs of both, and the second find nothing.
+        if self.serves_names.swap(true, Ordering::Relaxed) {
+            return Err(AgentError::Invalid("names are served already".into()).into());
+        }
+        let host = Arc::clone(&self.host);
+        to_its_end(async move { plan.open(&*host, Path::new(CGROUP_ROOT)).await }).await?;
         Ok(Empty::new())
     }
 

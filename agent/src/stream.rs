@@ -12,6 +12,7 @@
 
 use std::cell::RefCell;
 use std::future::{pending, ready};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -212,7 +213,11 @@ fn write_now(fd: &impl AsFd, data: &[u8]) -> (usize, Stop) {
 ///
 /// # Errors
 /// Where the other side has gone.
-async fn write_all(to: &Polled, data: &[u8], mut progress: impl FnMut(usize)) -> Result<(), Gone> {
+pub(crate) async fn write_all(
+    to: &Polled,
+    data: &[u8],
+    mut progress: impl FnMut(usize),
+) -> Result<(), Gone> {
     let mut rest = data;
     while !rest.is_empty() {
         let mut ready = to.writable().await.map_err(|_| Gone)?;
@@ -226,6 +231,24 @@ async fn write_all(to: &Polled, data: &[u8], mut progress: impl FnMut(usize)) ->
             Stop::NoMemory => tokio::time::sleep(NO_MEMORY_PAUSE).await,
             Stop::Gone => return Err(Gone),
         }
+    }
+    Ok(())
+}
+
+/// Fills a buffer.
+///
+/// # Errors
+/// The socket's; `UnexpectedEof` where it ends before.
+pub(crate) async fn read_exact(from: &Polled, buffer: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        let read = from
+            .async_io(Interest::READABLE, |fd| Ok(read_now(fd, rest)?))
+            .await?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        filled += read;
     }
     Ok(())
 }

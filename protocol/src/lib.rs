@@ -1,11 +1,12 @@
 //! What husk's processes say to each other.
 //!
-//! Four conversations, one module each: the agent API over ttrpc ([`agent`]), the vsock ports and the
-//! handshake that opens a stdio stream ([`stream`]), the messages that carry vsock connections between
+//! Five conversations, one module each: the agent API over ttrpc ([`agent`]), the vsock ports and the
+//! handshake that opens a stdio stream ([`stream`]), name queries ([`names`]), the messages that carry vsock connections between
 //! the VMM and the shim ([`bridge`]), and the VMM's configuration and control channel ([`vm`]).
 //! Nothing here touches a file, a socket or a process: the other rooms do.
 
 pub mod bridge;
+pub mod names;
 pub mod stream;
 pub mod vm;
 

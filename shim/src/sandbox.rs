@@ -31,7 +31,12 @@ use crate::{
     context::ShimContext,
     error::{TaskError, chain},
     growth::{Growth, TooSmall},
-    network::{self, Network, late::Late, model::Found, tap::Queues},
+    network::{
+        self, Network,
+        late::{Late, Loopback},
+        model::Found,
+        tap::Queues,
+    },
     phase::{Phase, PhaseSender, PhaseWatch},
     plan,
     pod::{PodSource, PodSpec},
@@ -73,6 +78,8 @@ pub struct Sandbox {
     late: OnceLock<Late>,
     /// Why the shim itself ended the VM, where it did.
     doom: OnceLock<String>,
+    /// What was in the pod's network namespace has been found: what comes now comes late.
+    scanned: watch::Sender<bool>,
     /// The start is over, whatever came of it: it makes nothing on the host any more.
     settled: watch::Sender<bool>,
     timeline: Timeline,
@@ -95,6 +102,7 @@ impl Sandbox {
             network: OnceLock::new(),
             late: OnceLock::new(),
             doom: OnceLock::new(),
+            scanned: watch::Sender::new(false),
             settled: watch::Sender::new(false),
             timeline: Timeline::default(),
         });
@@ -162,6 +170,18 @@ impl Sandbox {
         self.machine
             .get()
             .map_or_else(std::process::id, |machine| machine.pid())
+    }
+
+    /// Returns when the pod's network may be set up, which stands on the VMM's namespace for a pod that has none of an engine's; or when
+    /// it has ended.
+    pub async fn await_network_scan(&self) {
+        let mut scanned = self.scanned.subscribe();
+        let phase = self.phase();
+        tokio::select! {
+            // The sender lives as long as this.
+            _ = scanned.wait_for(|scanned| *scanned) => {}
+            _ = phase.gone() => {}
+        }
     }
 
     async fn bring_up(self: Arc<Self>, source: PodSource) {
@@ -234,6 +254,7 @@ impl Sandbox {
         let _ = self.network.set(Arc::clone(&network));
         // Both to their ends, whatever becomes of the other: a start that is over makes nothing any more.
         let (plan, found) = join!(self.plan(machine.pid(), &pod), network.scan(network::LIMIT));
+        self.scanned.send_replace(true);
         let (mut plan, found) = (plan?, found?);
         let vcpus = plan.size.vcpus;
         plan.nics = network.nics(&found, vcpus);
@@ -288,10 +309,12 @@ impl Sandbox {
         }
         if network.waits(&found) {
             let phase = self.phase.watch();
-            // Docker has listeners of its own there.
-            let forwards =
-                (!network::fills_new_namespace(&self.namespace)).then(|| self.streams.clone());
-            let late = Late::look_out(network, machine, agent.clone(), vcpus, phase, forwards);
+            let streams = self.streams.clone();
+            let loopback = match network::fills_new_namespace(&self.namespace) {
+                true => Loopback::Resolver(streams),
+                false => Loopback::Forwards(streams),
+            };
+            let late = Late::look_out(network, machine, agent.clone(), vcpus, phase, loopback);
             let _ = self.late.set(late);
         }
         Ok(agent)
@@ -339,7 +362,8 @@ impl Sandbox {
             let is_filled = fills_any || pod.users.is_some();
             let of_task = is_filled.then(|| Path::new(&of_task));
             let network = Network::of_pod(&pod, &id, of_task)?;
-            Ok((pod, Arc::new(network.with_vhost(vhost))))
+            let network = network.with_vhost(vhost).with_resolver(fills_any);
+            Ok((pod, Arc::new(network)))
         });
         read.await
             .map_err(|e| VmError::Other(format!("cannot read what the pod is: {e}")))?

@@ -126,7 +126,7 @@ pub(super) fn attach(
         .filter_map(Rule::from_spec)
         .chain(DEFAULT_RULES)
         .collect();
-    let program = bpf_load(PROGRAM_TYPE, &assemble(&rules))?;
+    let program = bpf_load(PROGRAM_TYPE, ATTACH_TYPE, &assemble(&rules))?;
     let directory = File::open(cgroup)?;
     bpf_attach(
         directory.as_fd(),
@@ -391,7 +391,7 @@ mod tests {
         #[test]
         fn the_verifier_takes_them(rules in proptest::collection::vec(any_rule(), 0..8)) {
             // Loading needs CAP_BPF; the tests run as root.
-            prop_assert!(bpf_load(PROGRAM_TYPE, &assemble(&rules)).is_ok());
+            prop_assert!(bpf_load(PROGRAM_TYPE, ATTACH_TYPE, &assemble(&rules)).is_ok());
         }
     }
 }

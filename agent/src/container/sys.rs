@@ -277,6 +277,9 @@ struct BpfLoad {
     log_buffer: u64,
     kernel_version: u32,
     flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
 }
 
 /// bpf(2)'s attributes for BPF_PROG_ATTACH.
@@ -289,8 +292,12 @@ struct BpfAttach {
     replaced: u32,
 }
 
-/// Loads an eBPF program; each instruction is its eight bytes as a little-endian number.
-pub(crate) fn bpf_load(program_type: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
+/// Loads an eBPF program; each instruction is its eight bytes as a little-endian number. `attach_type`: where it is to be attached.
+pub(crate) fn bpf_load(
+    program_type: u32,
+    attach_type: u32,
+    instructions: &[u64],
+) -> io::Result<OwnedFd> {
     const BPF_PROG_LOAD: libc::c_long = 5;
     let license = c"Apache-2.0";
     let attributes = BpfLoad {
@@ -304,6 +311,9 @@ pub(crate) fn bpf_load(program_type: u32, instructions: &[u64]) -> io::Result<Ow
         log_buffer: 0,
         kernel_version: 0,
         flags: 0,
+        name: [0; 16],
+        interface: 0,
+        attach_type,
     };
     // SAFETY: the attributes are of the size passed, point to as many instructions as they say and to a C
     // string, and all of these outlive the call, which only reads them.
@@ -348,4 +358,21 @@ pub(crate) fn bpf_attach(
         )
     })
     .map(drop)
+}
+
+/// The kernel's number for the network namespace of a socket.
+pub(crate) fn network_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).unwrap_or(0);
+    // SAFETY: the kernel writes at most `length` bytes to a u64, and the length; both outlive the call.
+    check(i64::from(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    }))?;
+    Ok(cookie)
 }

@@ -12,8 +12,8 @@ use husk_protocol::agent::{
     AdjustClockRequest, AgentClient, ContainerRequest, ContainerStatsResponse,
     CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
     ExecProcessRequest, ForwardPortRequest, Network, ProcessRequest, ResizeRequest,
-    ResizeTerminalRequest, SignalProcessRequest, Stdio, SyncVolumeRequest, UpdateContainerRequest,
-    WaitProcessResponse,
+    ResizeTerminalRequest, ServeNamesRequest, SignalProcessRequest, Stdio, SyncVolumeRequest,
+    UpdateContainerRequest, WaitProcessResponse,
 };
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{r#async::Client, asynchronous::transport::Socket, context::Context};
@@ -376,6 +376,19 @@ impl Agent {
         self.call("connect to the port", Some(DIAL), call)
             .await
             .map(drop)
+    }
+
+    /// Has the pod's name queries sent to the stream of this token.
+    ///
+    /// # Errors
+    /// As [`Self::create_sandbox`].
+    pub async fn serve_names(&self, token: Vec<u8>) -> Result<(), TaskError> {
+        let request = ServeNamesRequest {
+            token,
+            ..Default::default()
+        };
+        let call = self.client.serve_names(Context::default(), &request);
+        self.call("serve names", Some(DIAL), call).await.map(drop)
     }
 
     /// Waits for the next event, however long that takes.

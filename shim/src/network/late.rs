@@ -34,6 +34,14 @@ const SETTLED: Duration = Duration::from_millis(100);
 
 type Answer = oneshot::Sender<Result<(), TaskError>>;
 
+/// What listens on the loopback interface of the namespace, and is there with the network.
+pub enum Loopback {
+    /// husk, for port-forwards.
+    Forwards(Streams),
+    /// Docker's resolver, for the pod to ask.
+    Resolver(Streams),
+}
+
 /// Asks the task to look.
 pub struct Late(mpsc::Sender<Answer>);
 
@@ -47,14 +55,14 @@ enum Asked {
 }
 
 impl Late {
-    /// Looks out from now on, until the pod is gone. `forwards`: once the network is there, port-forwards are served. Must be called within a tokio runtime.
+    /// Looks out from now on, until the pod is gone. `loopback`: what is served once the network is there. Must be called within a tokio runtime.
     pub fn look_out(
         network: Arc<Network>,
         machine: Arc<dyn Machine>,
         agent: Agent,
         vcpus: u8,
         phase: PhaseWatch,
-        forwards: Option<Streams>,
+        loopback: Loopback,
     ) -> Self {
         let (sender, requests) = mpsc::channel(1);
         let span = info_span!("late_network", pod = network.pod);
@@ -64,7 +72,7 @@ impl Late {
             agent,
             vcpus,
             phase,
-            forwards,
+            loopback: Some(loopback),
             is_plugged: false,
             given: Found::default(),
         };
@@ -91,8 +99,8 @@ struct Plugger {
     agent: Agent,
     vcpus: u8,
     phase: PhaseWatch,
-    /// Until they are.
-    forwards: Option<Streams>,
+    /// Until it is served.
+    loopback: Option<Loopback>,
     /// The spare device has its tap: it is given once.
     is_plugged: bool,
     /// What the guest has been told. There may be more to tell: routes come last.
@@ -151,14 +159,31 @@ impl Plugger {
         }
         self.agent.update_network(&(&found).into()).await?;
         info!("the pod's network has come after its start, and the guest has it");
-        if let Some(streams) = self.forwards.take()
-            && let Some(forwarder) = self.network.forwarder(&found).await
-        {
-            let (agent, phase) = (self.agent.clone(), self.phase.clone());
-            forwarder.serve(&self.network.pod, agent, streams, phase);
-        }
+        self.serve_loopback(&found).await;
         self.given = found;
         Ok(())
+    }
+
+    /// The pod works without, so that is told in the log alone.
+    async fn serve_loopback(&mut self, found: &Found) {
+        let phase = self.phase.clone();
+        match self.loopback.take() {
+            None => {}
+            Some(Loopback::Forwards(streams)) => {
+                if let Some(forwarder) = self.network.forwarder(found).await {
+                    forwarder.serve(&self.network.pod, self.agent.clone(), streams, phase);
+                }
+            }
+            Some(Loopback::Resolver(streams)) => {
+                let served = self.network.serve_names(&self.agent, &streams, phase);
+                if let Err(error) = served.await {
+                    warn!(
+                        error = error.message(),
+                        "Docker's names of containers are unknown to the pod"
+                    );
+                }
+            }
+        }
     }
 }
 

@@ -11,6 +11,7 @@
 pub mod forward;
 pub mod late;
 pub mod model;
+pub mod names;
 pub mod namespace;
 pub mod redirect;
 mod routes;
@@ -114,6 +115,8 @@ pub struct Network {
     pod: String,
     /// The host's kernel carries the packets, where it can.
     vhost: bool,
+    /// Docker has a resolver in the namespace.
+    resolver: bool,
     /// Interfaces whose frames were taken from the host's stack, by index.
     taken: Mutex<Vec<u32>>,
 }
@@ -136,6 +139,7 @@ impl Network {
             namespace,
             pod: pod.to_owned(),
             vhost: true,
+            resolver: false,
             taken: Mutex::default(),
         })
     }
@@ -144,6 +148,12 @@ impl Network {
     #[must_use]
     pub fn with_vhost(self, vhost: bool) -> Self {
         Self { vhost, ..self }
+    }
+
+    /// The same, with or without a resolver of Docker's in it.
+    #[must_use]
+    pub fn with_resolver(self, resolver: bool) -> Self {
+        Self { resolver, ..self }
     }
 
     /// What is there now, for a VM with `limit` network devices.
@@ -217,6 +227,10 @@ impl Network {
             // Before it is: half a redirection is taken away as well.
             self.taken().push(interface.index);
             redirect::join(&handle, interface, &tap).await?;
+            if self.resolver {
+                self.spare_resolver(namespace, &handle, interface, &tap)
+                    .await;
+            }
             debug!(
                 interface = interface.name,
                 kind = interface.kind,

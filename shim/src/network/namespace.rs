@@ -115,11 +115,7 @@ impl Namespace {
         doing: &'static str,
         inside: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> Result<T, NetworkError> {
-        let error = |doing, source| NetworkError::Namespace {
-            doing,
-            path: self.path.clone(),
-            source,
-        };
+        let error = |doing, source| self.failed(doing, source);
         let (sender, result) = oneshot::channel();
         let (path, id) = (self.path.clone(), self.id);
         let visit = move || {
@@ -134,6 +130,15 @@ impl Namespace {
         match result.await {
             Ok(result) => result.map_err(|(doing, source)| error(doing, source)),
             Err(_) => Err(error(doing, io::Error::other("its thread has failed"))),
+        }
+    }
+
+    /// What could not be done in it.
+    pub fn failed(&self, doing: &'static str, source: io::Error) -> NetworkError {
+        NetworkError::Namespace {
+            doing,
+            path: self.path.clone(),
+            source,
         }
     }
 }

@@ -5,7 +5,11 @@
 
 use rtnetlink::{
     Handle,
-    packet_route::tc::{TcHandle, TcMessage},
+    packet_route::tc::{
+        TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption,
+        TcActionType, TcFilterU32Option, TcHandle, TcMessage, TcMirror, TcMirrorActionType,
+        TcU32Key, TcU32Selector, TcU32SelectorFlags,
+    },
 };
 use tracing::{debug, info};
 
@@ -42,6 +46,95 @@ pub async fn join(handle: &Handle, interface: &Interface, tap: &Tap) -> Result<(
         added.map_err(netlink(format!("redirect the frames of {name} to {other}")))?;
     }
     Ok(())
+}
+
+/// Has the host's stack in the namespace hear of what [`join`] keeps from it: who has which address (ARP), and what comes from port 53 to the
+/// ports that are `like` these in the bits of a mask. The guest gets ARP as well.
+///
+/// # Errors
+/// [`NetworkError::Netlink`].
+pub async fn spare_nameservers(
+    handle: &Handle,
+    interface: &Interface,
+    tap: &Tap,
+    like: PortMask,
+) -> Result<(), NetworkError> {
+    let failed = || {
+        netlink(format!(
+            "let answers of nameservers in at {}",
+            interface.name
+        ))
+    };
+    let filter = |priority: u16, protocol: i32| {
+        let new = handle.traffic_filter(signed(interface.index)).add();
+        let protocol = u16::try_from(protocol).unwrap_or_default().to_be();
+        new.parent(TcHandle::from(INGRESS).into())
+            .priority(priority)
+            .protocol(protocol)
+    };
+    let mut mirror = TcMirror::default();
+    mirror.generic.action = TcActionType::Ok;
+    mirror.eaction = TcMirrorActionType::EgressMirror;
+    mirror.ifindex = tap.index;
+    let mut action = TcAction::default();
+    action.attributes = vec![
+        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+            mirror,
+        ))]),
+    ];
+    let everything = selector(vec![TcU32Key::default()]);
+    let arp = filter(1, libc::ETH_P_ARP).u32(&[
+        TcFilterU32Option::Selector(everything),
+        TcFilterU32Option::Action(vec![action]),
+    ]);
+    arp.map_err(failed())?.execute().await.map_err(failed())?;
+    for (priority, protocol) in [(2, libc::IPPROTO_UDP), (3, libc::IPPROTO_TCP)] {
+        // Words of an IPv4 header without options (RFC 791), and of what follows.
+        let carries = key(8, 0x00ff_0000, protocol.cast_unsigned() << 16);
+        let ports = key(
+            20,
+            0xffff_0000 | u32::from(like.mask),
+            53 << 16 | u32::from(like.value),
+        );
+        let taken = selector(vec![carries, ports]);
+        // Without an action it goes on to the stack.
+        let passed = filter(priority, libc::ETH_P_IP).u32(&[
+            TcFilterU32Option::ClassId(TcHandle { major: 0, minor: 1 }),
+            TcFilterU32Option::Selector(taken),
+        ]);
+        passed
+            .map_err(failed())?
+            .execute()
+            .await
+            .map_err(failed())?;
+    }
+    Ok(())
+}
+
+/// Ports that are `value` where `mask` has ones.
+#[derive(Debug, Clone, Copy)]
+pub struct PortMask {
+    /// Bits that are the same.
+    pub mask: u16,
+    /// What they are.
+    pub value: u16,
+}
+
+fn key(offset: i32, mask: u32, value: u32) -> TcU32Key {
+    let mut key = TcU32Key::default();
+    key.off = offset;
+    key.mask = mask;
+    key.val = value;
+    key
+}
+
+fn selector(keys: Vec<TcU32Key>) -> TcU32Selector {
+    let mut selector = TcU32Selector::default();
+    selector.flags = TcU32SelectorFlags::Terminal;
+    selector.nkeys = u8::try_from(keys.len()).unwrap_or_default();
+    selector.keys = keys;
+    selector
 }
 
 /// Takes the redirection away from an interface. That it has gone already is fine.

@@ -1,6 +1,7 @@
 //! Networks that are really there: each test has namespaces, interfaces and frames of its own.
 
 mod frames;
+mod names;
 pub mod netns;
 
 use std::{net::IpAddr, path::Path};

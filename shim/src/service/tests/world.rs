@@ -207,6 +207,14 @@ impl Agent for FakeAgent {
         tokens.send((port, request.token)).unwrap();
         Ok(agent::Empty::new())
     }
+    async fn serve_names(
+        &self,
+        _: &TtrpcContext,
+        _: agent::ServeNamesRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        self.0.called("serve_names".into()).await;
+        Err(TaskError::failed("no names here").into())
+    }
     async fn create_container(
         &self,
         _: &TtrpcContext,
@@ -690,6 +698,15 @@ impl World {
     /// Create of the one container.
     pub async fn create(&self) -> ttrpc::Result<u32> {
         self.create_as("c").await
+    }
+
+    /// Gives the one bundle's spec hooks.
+    pub fn set_hooks(&self, hooks: serde_json::Value) {
+        let path = self.bundle().join("config.json");
+        let mut spec: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        spec["hooks"] = hooks;
+        std::fs::write(path, spec.to_string()).unwrap();
     }
 
     /// Create of a container of this id, in the one bundle.
