@@ -24,6 +24,7 @@ pub mod events;
 pub mod few;
 pub mod group;
 pub mod growth;
+pub mod hooks;
 pub mod huge_pages;
 pub mod idmap;
 pub mod info;

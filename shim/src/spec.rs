@@ -28,6 +28,7 @@ use self::{
 };
 use crate::{
     group::Role,
+    hooks::Hooks,
     huge_pages::HugeVolume,
     sizing::{self, Hints},
     volume,
@@ -92,6 +93,7 @@ struct Read {
     mounts: Option<Vec<Mount>>,
     process: Option<Process>,
     hostname: Option<String>,
+    hooks: Option<Hooks>,
 }
 
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -211,6 +213,11 @@ impl BundleSpec {
     /// Annotations; empty where there are none.
     pub fn annotations(&self) -> HashMap<String, String> {
         self.read.annotations.clone().unwrap_or_default()
+    }
+
+    /// What is to run on the host.
+    pub fn hooks(&self) -> Hooks {
+        self.read.hooks.clone().unwrap_or_default()
     }
 
     /// Its cgroup on the host.
@@ -361,25 +368,24 @@ pub fn limit_huge_pages(spec: &mut Value, bytes: u64) {
     }
 }
 
-/// Host programs cannot run in the guest; `startContainer` hooks are the container's own and do.
+/// The guest runs `startContainer` hooks, which are the container's own programs; the host has [its own](crate::hooks).
 fn drop_host_hooks(spec: &mut Value) {
     let Some(hooks) = spec.get_mut("hooks").and_then(Value::as_object_mut) else {
         return;
     };
-    hooks.retain(|kind, list| {
-        if kind == "startContainer" {
-            return true;
-        }
-        for hook in list.as_array().into_iter().flatten() {
-            let path = hook.get("path").and_then(Value::as_str).unwrap_or_default();
-            warn!(
-                kind,
-                path,
-                "hook not run: it names a program of the host, and the container runs in a VM"
-            );
-        }
-        false
-    });
+    for hook in hooks
+        .get("createContainer")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+    {
+        let path = hook.get("path").and_then(Value::as_str).unwrap_or_default();
+        warn!(
+            path,
+            "createContainer hook not run: it names a program of the host, to run in namespaces that a VM has"
+        );
+    }
+    hooks.retain(|kind, _| kind == "startContainer");
 }
 
 /// Devices by type, major and minor that a guest has whatever the host has: memory, tty and pty devices, fuse, tun.

@@ -171,6 +171,7 @@ impl Container {
                 stdio.close();
             }
         }
+        self.hooks.stopped(self.subject()).await;
         Ok(exit)
     }
 

@@ -23,6 +23,7 @@ use crate::{
     agent::Agent,
     error::TaskError,
     events::Publisher,
+    hooks::{Hooks, Subject},
     lifecycle::{Announcement, Exit, Lifecycle, Stage},
     sandbox::Sandbox,
     stdio::{Stdio, StdioPaths, StreamKind},
@@ -50,6 +51,7 @@ pub struct Container {
     sandbox: Arc<Sandbox>,
     pid: Option<TaskPid>,
     publisher: Publisher,
+    hooks: Hooks,
     life: Mutex<Lifecycle>,
     processes: Mutex<HashMap<String, Process>>,
     ooms: Mutex<Ooms>,
@@ -85,6 +87,8 @@ pub struct Parts {
     pub pid: Option<TaskPid>,
     /// Where its events go.
     pub publisher: Publisher,
+    /// What runs on the host when it starts, and when it has gone.
+    pub hooks: Hooks,
     /// The init's streams, as containerd named them.
     pub paths: StdioPaths,
 }
@@ -108,6 +112,7 @@ impl Container {
             sandbox: parts.sandbox,
             pid: parts.pid,
             publisher: parts.publisher,
+            hooks: parts.hooks,
             life: Mutex::default(),
             processes: Mutex::default(),
             ooms: Mutex::default(),
@@ -194,6 +199,14 @@ impl Container {
         self.pid
             .as_ref()
             .map_or_else(|| self.sandbox.pid(), TaskPid::get)
+    }
+
+    fn subject(&self) -> Subject<'_> {
+        Subject {
+            id: &self.id,
+            bundle: &self.bundle,
+            pid: self.pid(),
+        }
     }
 
     /// State.

@@ -44,9 +44,11 @@ impl Container {
     }
 
     async fn start_init(&self, agent: &Agent) -> Result<(), TaskError> {
-        // Docker sets the network up between Create and Start.
+        // Docker from 27 on sets the network up between Create and Start.
         self.sandbox.refresh_network().await?;
-        agent.start_container(&self.id).await
+        agent.start_container(&self.id).await?;
+        self.hooks.started(self.subject()).await;
+        Ok(())
     }
 
     fn exit_of_failed_start(&self, error: &TaskError) -> Exit {

@@ -25,8 +25,10 @@ use crate::{
     demand::Demand,
     error::{TaskError, chain},
     etc::PodFiles,
+    hooks::Subject,
     lifecycle::Exit,
     mount::MountRequest,
+    network,
     phase::Phase,
     pod::{Keeper, PodSource, PodSpec},
     sandbox::Sandbox,
@@ -236,6 +238,13 @@ impl Tasks {
             }
             Err(error) => {
                 self.remove_failed(&id).await;
+                let subject = Subject {
+                    id: &id,
+                    bundle: &request.bundle,
+                    pid: self.sandbox.pid(),
+                };
+                // Those before the start may have made something.
+                spec.hooks().stopped(subject).await;
                 Err(error)
             }
         }
@@ -273,11 +282,36 @@ impl Tasks {
                 "the container was deleted while it was being created",
             )
         };
+        // The sandbox's pid is the pod's, by which Docker and CRI find its network.
+        let pid = spec.is_member().then(TaskPid::new).transpose();
+        let pid = pid.map_err(|e| {
+            TaskError::failed(format!(
+                "cannot start a thread for the container's pid: {e}"
+            ))
+        })?;
+        let hooks = spec.hooks();
+        // The VM boots meanwhile.
+        let hooked = async {
+            self.sandbox.await_network_scan().await;
+            let subject = Subject {
+                id: &request.id,
+                bundle: &request.bundle,
+                pid: pid
+                    .as_ref()
+                    .map_or_else(|| self.sandbox.pid(), TaskPid::get),
+            };
+            let hooked = hooks.before(subject).await;
+            hooked.map_err(|e| TaskError::failed(chain(&e)))
+        };
         let phase = self.sandbox.phase();
+        let ready = async {
+            let agent = phase.agent().await;
+            agent.map_err(|reason| TaskError::failed(reason.to_string()))
+        };
         let agent = tokio::select! {
             biased;
             error = cancelled() => return Err(error),
-            agent = phase.agent() => agent.map_err(|reason| TaskError::failed(reason.to_string()))?,
+            ready = async { tokio::try_join!(ready, hooked) } => ready?.0,
         };
         self.sandbox
             .growth()
@@ -291,13 +325,6 @@ impl Tasks {
         }
         self.sandbox.refresh_network().await?;
         let neighbours = self.neighbours();
-        // The sandbox's pid is the pod's, by which Docker and CRI find its network.
-        let pid = spec.is_member().then(TaskPid::new).transpose();
-        let pid = pid.map_err(|e| {
-            TaskError::failed(format!(
-                "cannot start a thread for the container's pid: {e}"
-            ))
-        })?;
         let parts = Parts {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
@@ -305,6 +332,7 @@ impl Tasks {
             sandbox: Arc::clone(&self.sandbox),
             pid,
             publisher: self.context.publisher.clone(),
+            hooks: spec.hooks(),
             paths: request.paths.clone(),
         };
         // A guest that is at it is better let finish: it cannot delete what it is still making.
@@ -362,11 +390,15 @@ impl Tasks {
         );
         let rootfs: Vec<MountRequest> = request.rootfs.iter().map(mount_request).collect();
         let files = self.files.get().cloned();
+        let fills_network = network::fills_new_namespace(&self.context.namespace);
         let added = tokio::task::spawn_blocking(move || {
             let mut spec =
                 BundleSpec::load(&bundle).map_err(|e| TaskError::invalid_argument(chain(&e)))?;
             for (destination, source) in files.iter().flat_map(PodFiles::mounts) {
                 spec.bind_file(&destination, &source);
+            }
+            if fills_network {
+                spec.join_network();
             }
             // The pod's files are there where the sandbox is the shim itself.
             if files.is_some() {

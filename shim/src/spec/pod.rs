@@ -125,6 +125,14 @@ fn tmpfs_size(path: &Path) -> Option<u64> {
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 impl BundleSpec {
+    /// The container is in the pod's network, which is the guest's, also where it asks for a new one: its engine fills that one on the host.
+    pub fn join_network(&mut self) {
+        let namespaces = self.value.pointer_mut("/linux/namespaces");
+        if let Some(list) = namespaces.and_then(Value::as_array_mut) {
+            list.retain(|ns| ns.get("type").and_then(Value::as_str) != Some("network"));
+        }
+    }
+
     /// Whether it is the sandbox container of a pod: what it says of host name, sysctls and shared memory is said for all.
     pub fn is_sandbox(&self) -> bool {
         self.role() == Role::Sandbox

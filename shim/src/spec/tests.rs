@@ -62,6 +62,24 @@ fn paths_become_the_guests() {
     );
 }
 
+/// Docker's way.
+#[test]
+fn a_new_network_that_its_engine_fills_is_the_guests() {
+    let json = json!({
+        "ociVersion": "1", "root": {"path": "/r"},
+        "linux": { "namespaces": [{"type": "network"}, {"type": "uts"}] },
+    });
+    let namespaces = |spec: BundleSpec| {
+        let out = spec.for_guest(&GuestPaths::default(), 1, &Neighbours::default());
+        out.unwrap().spec["linux"]["namespaces"].clone()
+    };
+    let mut docker = spec(json.clone());
+    docker.join_network();
+    assert_eq!(docker.network_namespace(), NetworkNamespace::New);
+    assert_eq!(namespaces(docker), json!([{"type": "uts"}]));
+    assert_eq!(namespaces(spec(json)).as_array().unwrap().len(), 2);
+}
+
 #[test]
 fn what_belongs_to_the_host_is_dropped() {
     let out = rewritten(json!({

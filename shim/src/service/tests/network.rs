@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use husk_protocol::agent;
+use serde_json::json;
 use tokio::time::timeout;
 use ttrpc::Code;
 
@@ -85,6 +86,34 @@ async fn a_network_that_comes_before_start_is_there_when_the_container_runs() {
     let calls = w.guest.calls.lock().unwrap().clone();
     let at = |call: &str| calls.iter().position(|c| c == call).unwrap();
     assert!(at("update_network") < at("start c"), "{calls:?}");
+}
+
+/// Docker 26's way: a hook that is told a pid sets the network up.
+#[tokio::test]
+async fn hooks_run_on_the_host_before_the_container_is_made_when_it_runs_and_when_it_cannot() {
+    let pod = Netns::new();
+    let w = world(Fault::None, &pod).await;
+    let hook = |script: &str| json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }]);
+    w.set_hooks(json!({
+        "prestart": hook("cat >before"), "poststart": hook("cat >started"), "poststop": hook("cat >after"),
+    }));
+    let pid = w.create().await.unwrap();
+    let state = |name: &str| {
+        let text = std::fs::read_to_string(w.bundle().join(name)).ok()?;
+        serde_json::from_str::<serde_json::Value>(&text).ok()
+    };
+    assert_eq!(state("before").unwrap()["pid"], pid);
+    assert!(state("started").is_none() && state("after").is_none());
+    w.start("").await.unwrap();
+    assert_eq!(state("started").unwrap()["status"], "running");
+    // One that fails is a start that does, and what was made before it is taken back.
+    w.set_hooks(json!({ "prestart": hook("echo no >&2; exit 1"), "poststop": hook("cat >after") }));
+    let (_, message) = code(w.create_as("d").await);
+    assert!(
+        message.contains("prestart hook /bin/sh failed"),
+        "{message}"
+    );
+    assert_eq!(state("after").unwrap()["id"], "d");
 }
 
 /// The interface was noticed before the engine was done with it.
