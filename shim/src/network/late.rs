@@ -29,6 +29,9 @@ use crate::{
 /// Network devices that a VM has for what comes late.
 pub const SPARE_NICS: usize = 1;
 
+/// The same for Docker, which has containers in several networks, and connects them to more while they run.
+pub const DOCKERS_NICS: usize = 4;
+
 /// An interface is set up in several steps. No news for this long, and it is taken to be complete.
 const SETTLED: Duration = Duration::from_millis(100);
 
@@ -73,7 +76,7 @@ impl Late {
             vcpus,
             phase,
             loopback: Some(loopback),
-            is_plugged: false,
+            plugged: Vec::new(),
             given: Found::default(),
         };
         tokio::spawn(plugger.run(requests).instrument(span));
@@ -101,8 +104,8 @@ struct Plugger {
     phase: PhaseWatch,
     /// Until it is served.
     loopback: Option<Loopback>,
-    /// The spare device has its tap: it is given once.
-    is_plugged: bool,
+    /// The interfaces, by index, whose taps the spare devices have, in the devices' order: one is given once.
+    plugged: Vec<u32>,
     /// What the guest has been told. There may be more to tell: routes come last.
     given: Found,
 }
@@ -139,7 +142,7 @@ impl Plugger {
 
     async fn look(&mut self, asked: Asked) -> Result<(), TaskError> {
         let failed = |error: &dyn std::error::Error| TaskError::failed(chain(error));
-        let scan = self.network.scan(SPARE_NICS).await;
+        let scan = self.network.scan(self.network.spare_nics()).await;
         let found = scan.map_err(|e| failed(&e))?;
         let is_there = match asked {
             Asked::ByTheEngine => !found.interfaces.is_empty(),
@@ -148,14 +151,22 @@ impl Plugger {
         if !is_there || found == self.given {
             return Ok(());
         }
-        if !self.is_plugged {
-            let plugged = self.network.plug(&found, self.vcpus).await;
-            let taps = plugged.map_err(|e| failed(&e))?;
-            for (nic, queues) in (0..).zip(taps) {
-                let attached = self.machine.attach_nic(nic, queues).await;
-                attached.map_err(|e| failed(&e))?;
-            }
-            self.is_plugged = true;
+        let now: Vec<u32> = found.interfaces.iter().map(|i| i.index).collect();
+        if !now.starts_with(&self.plugged) {
+            info!(
+                "the pod was taken out of a network while it runs: the guest keeps what it has until it starts anew"
+            );
+            self.given = found;
+            return Ok(());
+        }
+        let first = self.plugged.len();
+        let plugged = self.network.plug_from(first, &found, self.vcpus).await;
+        let taps = plugged.map_err(|e| failed(&e))?;
+        self.plugged = now;
+        for (nic, queues) in (first..).zip(taps) {
+            let nic = u8::try_from(nic).unwrap_or(u8::MAX);
+            let attached = self.machine.attach_nic(nic, queues).await;
+            attached.map_err(|e| failed(&e))?;
         }
         self.agent.update_network(&(&found).into()).await?;
         info!("the pod's network has come after its start, and the guest has it");

@@ -185,11 +185,20 @@ impl Network {
             queue_pairs: queue_pairs(vcpus),
         };
         let spare = if self.waits(found) {
-            late::SPARE_NICS
+            self.spare_nics()
         } else {
             0
         };
         vec![nic; found.interfaces.len() + spare]
+    }
+
+    /// Network devices that a VM has for what comes late.
+    pub(super) fn spare_nics(&self) -> usize {
+        if self.resolver {
+            late::DOCKERS_NICS
+        } else {
+            late::SPARE_NICS
+        }
     }
 
     /// Whether something may still come.
@@ -203,17 +212,30 @@ impl Network {
     ///
     /// # Errors
     /// [`NetworkError`]. What was made until then goes with [`Self::release`].
-    #[instrument(name = "network_plug", skip_all)]
     pub async fn plug(&self, found: &Found, vcpus: u8) -> Result<Vec<Queues>, NetworkError> {
+        self.plug_from(0, found, vcpus).await
+    }
+
+    /// The same, for those from this place in the list on.
+    ///
+    /// # Errors
+    /// As [`Self::plug`].
+    #[instrument(name = "network_plug", skip_all)]
+    pub(super) async fn plug_from(
+        &self,
+        first: usize,
+        found: &Found,
+        vcpus: u8,
+    ) -> Result<Vec<Queues>, NetworkError> {
         let Some(namespace) = &self.namespace else {
             return Ok(Vec::new());
         };
-        if found.interfaces.is_empty() {
+        if found.interfaces.len() <= first {
             return Ok(Vec::new());
         }
         let handle = namespace.connect().await?;
-        let mut taps = Vec::with_capacity(found.interfaces.len());
-        for (number, interface) in found.interfaces.iter().enumerate() {
+        let mut taps = Vec::new();
+        for (number, interface) in found.interfaces.iter().enumerate().skip(first) {
             let tap = tap::make(
                 namespace,
                 &handle,
