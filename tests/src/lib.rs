@@ -8,6 +8,7 @@
 pub mod containerd;
 pub mod cri;
 pub mod ctr;
+pub mod docker;
 pub mod events;
 pub mod host;
 pub mod runtime;

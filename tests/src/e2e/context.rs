@@ -10,6 +10,7 @@ use husk_tests::{
     containerd::{Containerd, Sandboxer},
     cri::Cri,
     ctr::{self, Output, Running},
+    docker::Docker,
     runtime::Runtime,
     spec::SpecRun,
 };
@@ -19,6 +20,8 @@ use crate::durations::Durations;
 
 /// The suites' common ground.
 pub struct Context {
+    // First: dropped before its containerd.
+    docker: OnceLock<Docker>,
     /// Shared by the tests that do not disturb it.
     pub containerd: Containerd,
     /// The runtime under test.
@@ -46,6 +49,7 @@ impl Context {
             runtime,
             bin,
             rootfs,
+            docker: OnceLock::new(),
             cri: OnceLock::new(),
             sandboxer: OnceLock::new(),
             durations: Durations::default(),
@@ -91,6 +95,25 @@ impl Context {
         let cri = Cri::connect(&containerd, self.runtime)?;
         let (containerd, cri) = place.get_or_init(|| (containerd, cri));
         Ok((containerd, cri))
+    }
+
+    /// Docker on the shared containerd, which the first who asks starts.
+    ///
+    /// # Errors
+    /// It did not come up.
+    pub fn docker(&self) -> Result<&Docker> {
+        static STARTING: Mutex<()> = Mutex::new(());
+        let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(docker) = self.docker.get() {
+            return Ok(docker);
+        }
+        let docker = Docker::start(&self.containerd, self.runtime, &self.rootfs)?;
+        Ok(self.docker.get_or_init(|| docker))
+    }
+
+    /// The end of Docker's log, where it has been started.
+    pub fn docker_log(&self) -> Option<String> {
+        Some(self.docker.get()?.log_tail(40))
     }
 
     /// The end of the log of CRI's containerd, where it has been started.

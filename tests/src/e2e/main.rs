@@ -22,6 +22,7 @@ mod cli;
 mod context;
 mod crio;
 mod deploy;
+mod docker;
 mod durations;
 mod exec;
 mod faults;
@@ -119,6 +120,7 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("isolation", false, isolation::TESTS),
     ("task", false, task::TESTS),
     ("oci", false, oci::TESTS),
+    ("docker", false, docker::TESTS),
     ("pods", false, pods::TESTS),
     ("sharing", false, sharing::TESTS),
     ("features", false, features::TESTS),
@@ -220,6 +222,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             "the end of containerd's log:\n{}",
             suite.containerd.log_tail(60)
         );
+        if let Some(log) = suite.docker_log() {
+            eprintln!("the end of Docker's log:\n{log}");
+        }
         if let Some(log) = suite.cri_log() {
             eprintln!("the end of its log where it serves CRI:\n{log}");
         }

@@ -1,0 +1,26 @@
+//! Docker, with its own client: the runtime under test is its daemon's default (docs/engines/docker.md).
+
+use crate::{Test, husk_test, test};
+
+mod files;
+mod lifecycle;
+mod limits;
+mod network;
+mod page;
+
+pub const TESTS: &[Test] = &[
+    test("exit_codes_input_and_settings", lifecycle::run),
+    test("terminal_attach_and_exec", lifecycle::terminal),
+    test("stop_with_grace_and_logs", lifecycle::stop),
+    test("restart_policies_and_healthchecks", lifecycle::restart),
+    test("the_default_bridge_and_published_ports", network::bridge),
+    test("containers_talk_by_name", network::names),
+    husk_test(
+        "port_53_is_the_containers_own",
+        network::nameserver_of_its_own,
+    ),
+    test("limits_update_stats_and_pause", limits::limits),
+    test("volumes_and_copies", files::volumes),
+    husk_test("the_pages_commands", page::commands),
+    husk_test("what_cannot_be_is_told", lifecycle::refused),
+];

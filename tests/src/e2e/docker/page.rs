@@ -1,0 +1,25 @@
+//! What docs/engines/docker.md has a reader do.
+
+use anyhow::{Context as _, Result, ensure};
+use husk_tests::ctr;
+
+use crate::context::Context;
+
+const PAGE: &str = include_str!("../../../../docs/engines/docker.md");
+
+/// Every line of the page's console blocks after a `$`, in a shell, one after another.
+pub fn commands(suite: &Context) -> Result<()> {
+    let docker = suite.docker()?;
+    let mut count = 0;
+    for block in PAGE.split("```console\n").skip(1) {
+        let block = block.split_once("```").context("the block does not end")?.0;
+        for line in block.lines().filter_map(|line| line.strip_prefix("$ ")) {
+            ctr::output(docker.program("sh").args(["-ec", line]))?
+                .ok()
+                .with_context(|| line.to_owned())?;
+            count += 1;
+        }
+    }
+    ensure!(count > 5, "{count} commands");
+    Ok(())
+}
