@@ -33,9 +33,6 @@ use crate::{
     spec, terminal,
 };
 
-/// What an exec's specification is to containerd (its typeurl of the runtime spec's type).
-const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
-
 pub(crate) fn exec(place: &Place, args: &args::Exec) -> Result<()> {
     terminal::check(args.tty, args.interactive && !args.detach)?;
     let container = place.containers()?.find(&args.container)?;
@@ -156,7 +153,7 @@ impl Exec {
             stdout,
             stderr,
             spec: MessageField::some(Any {
-                type_url: PROCESS.to_owned(),
+                type_url: shim::PROCESS.to_owned(),
                 value: serde_json::to_vec(process)?,
                 ..Any::default()
             }),
@@ -167,7 +164,8 @@ impl Exec {
             .pipes
             .outputs()?
             .into_iter()
-            .map(|(pipe, stream)| tokio::spawn(output(pipe, stream)))
+            .zip([Stream::Stdout, Stream::Stderr])
+            .filter_map(|(pipe, stream)| Some(tokio::spawn(output(pipe?, stream))))
             .collect();
         let started = said(
             self.tasks

@@ -23,16 +23,19 @@ mod look;
 mod monitor;
 mod names;
 mod network;
-mod pipes;
 mod place;
 mod proc;
 mod progress;
 mod pull;
 mod root;
 mod run;
-mod shim;
 mod spec;
 mod stats;
 mod table;
 mod terminal;
 mod version;
+
+use husk_client::{pipes, shim, signal};
+
+/// The namespace of `husk`'s own containers.
+const NAMESPACE: &str = "husk";

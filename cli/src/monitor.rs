@@ -26,9 +26,9 @@ use serde_json::{Value, json};
 use tokio::{net::UnixListener, sync::Notify, task::JoinHandle, time::timeout};
 
 use crate::{
-    args,
+    NAMESPACE, args,
     container::{Container, State, Status},
-    log::Log,
+    log::{Log, Stream},
     network::{self, Attached},
     pipes::{Pipes, Wanted},
     place::Place,
@@ -151,6 +151,7 @@ struct Monitored<'a> {
 impl Monitored<'_> {
     fn shim(&self) -> Shim<'_> {
         Shim {
+            namespace: NAMESPACE,
             id: &self.container.record.id,
             bundle: &self.bundle,
         }
@@ -190,7 +191,10 @@ impl Monitored<'_> {
         let outputs: Vec<JoinHandle<()>> = pipes
             .outputs()?
             .into_iter()
-            .map(|(pipe, stream)| tokio::spawn(hub::output(pipe, Arc::clone(&hub), stream)))
+            .zip([Stream::Stdout, Stream::Stderr])
+            .filter_map(|(pipe, stream)| {
+                Some(tokio::spawn(hub::output(pipe?, Arc::clone(&hub), stream)))
+            })
             .collect();
         hub.connect(tasks.clone(), id.clone(), pipes.input()?).await;
         let start = StartRequest {

@@ -25,6 +25,7 @@ use rustix::{
 use serde::Deserialize;
 
 use crate::{
+    NAMESPACE,
     container::{Container, State, Status},
     cp::owners::Owners,
     proc,
@@ -114,6 +115,7 @@ fn hold(container: &Container, status: &Status) -> Result<File> {
     if kept.is_some_and(|kept| kept.state == State::Running) {
         // Of one whose monitor was killed, the VM may be there still; and with the lock held it would count as running.
         let shim = Shim {
+            namespace: NAMESPACE,
             id: &container.record.id,
             bundle: &container.dir.join("bundle"),
         };

@@ -9,26 +9,30 @@ use anyhow::{Context as _, Result};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::net::unix::pipe;
 
-use crate::log::Stream;
-
 /// Which of them there are.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Wanted {
-    pub(crate) stdin: bool,
-    pub(crate) stdout: bool,
-    pub(crate) stderr: bool,
+pub struct Wanted {
+    /// Standard input.
+    pub stdin: bool,
+    /// Standard output; all of a terminal's.
+    pub stdout: bool,
+    /// Standard error.
+    pub stderr: bool,
 }
 
 /// The pipes, on the disk.
 #[derive(Debug)]
-pub(crate) struct Pipes {
+pub struct Pipes {
     stdin: Option<PathBuf>,
-    outputs: [(Option<PathBuf>, Stream); 2],
+    outputs: [Option<PathBuf>; 2],
 }
 
 impl Pipes {
     /// Makes them in a directory, which goes with them.
-    pub(crate) fn make(dir: &Path, wanted: Wanted) -> Result<Self> {
+    ///
+    /// # Errors
+    /// They are there already, or the file system refuses.
+    pub fn make(dir: &Path, wanted: Wanted) -> Result<Self> {
         let pipe = |is_wanted: bool, name: &str| -> io::Result<Option<PathBuf>> {
             if !is_wanted {
                 return Ok(None);
@@ -41,8 +45,8 @@ impl Pipes {
             Ok::<_, io::Error>(Self {
                 stdin: pipe(wanted.stdin, "stdin")?,
                 outputs: [
-                    (pipe(wanted.stdout, "stdout")?, Stream::Stdout),
-                    (pipe(wanted.stderr, "stderr")?, Stream::Stderr),
+                    pipe(wanted.stdout, "stdout")?,
+                    pipe(wanted.stderr, "stderr")?,
                 ],
             })
         };
@@ -50,27 +54,36 @@ impl Pipes {
     }
 
     /// What a request to the shim calls them: stdin, stdout and stderr, empty where there is none.
-    pub(crate) fn names(&self) -> [String; 3] {
-        let [(stdout, _), (stderr, _)] = &self.outputs;
+    #[must_use]
+    pub fn names(&self) -> [String; 3] {
+        let [stdout, stderr] = &self.outputs;
         [&self.stdin, stdout, stderr].map(|path| {
             let path = path.as_deref();
             path.map_or_else(String::new, |path| path.display().to_string())
         })
     }
 
-    /// The ends to read, from now on. Nobody need have opened the others.
-    pub(crate) fn outputs(&self) -> Result<Vec<(pipe::Receiver, Stream)>> {
-        let open = |(path, stream): &(Option<PathBuf>, Stream)| {
-            let path = path.as_ref()?;
-            let end = pipe::OpenOptions::new().open_receiver(path);
-            let end = end.with_context(|| format!("opening {}", path.display()));
-            Some(end.map(|end| (end, *stream)))
+    /// The ends to read, of standard output and standard error, from now on. Nobody need have opened the others.
+    ///
+    /// # Errors
+    /// A pipe cannot be opened.
+    pub fn outputs(&self) -> Result<[Option<pipe::Receiver>; 2]> {
+        let open = |path: &Option<PathBuf>| {
+            let open = |path: &PathBuf| {
+                let end = pipe::OpenOptions::new().open_receiver(path);
+                end.with_context(|| format!("opening {}", path.display()))
+            };
+            path.as_ref().map(open).transpose()
         };
-        self.outputs.iter().filter_map(open).collect()
+        let [stdout, stderr] = &self.outputs;
+        Ok([open(stdout)?, open(stderr)?])
     }
 
     /// The end to write to, once the shim has opened the other.
-    pub(crate) fn input(&self) -> Result<Option<pipe::Sender>> {
+    ///
+    /// # Errors
+    /// The pipe cannot be opened, for want of the shim above all.
+    pub fn input(&self) -> Result<Option<pipe::Sender>> {
         let open = |path: &PathBuf| {
             let end = pipe::OpenOptions::new().open_sender(path);
             end.with_context(|| format!("opening {}", path.display()))
@@ -97,8 +110,7 @@ mod tests {
         let [stdin, stdout, stderr] = pipes.names();
         assert_eq!((&*stdin, &*stderr), ("", ""));
         assert!(pipes.input().unwrap().is_none());
-        let [(mut end, Stream::Stdout)] = <[_; 1]>::try_from(pipes.outputs().unwrap()).unwrap()
-        else {
+        let [Some(mut end), None] = pipes.outputs().unwrap() else {
             panic!("another stream");
         };
         let mut other = pipe::OpenOptions::new().open_sender(&stdout).unwrap();

@@ -11,8 +11,11 @@ use anyhow::{Context as _, Result, bail};
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use ttrpc::{asynchronous::transport::Socket, context};
 
-/// The namespace of `husk`'s own containers.
-const NAMESPACE: &str = "husk";
+/// What an exec's specification is to containerd: its typeurl of the runtime spec's type.
+pub const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+
+/// What an Update's resources are, likewise.
+pub const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// The shim's name (containerd, "Runtime v2", "Runtime binary").
 const PROGRAM: &str = "containerd-shim-husk-v2";
@@ -22,16 +25,20 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// One container's shim.
 #[derive(Debug)]
-pub(crate) struct Shim<'a> {
-    pub(crate) id: &'a str,
-    pub(crate) bundle: &'a Path,
+pub struct Shim<'a> {
+    /// containerd's word for a set of ids; each command has its own.
+    pub namespace: &'a str,
+    /// The container's id.
+    pub id: &'a str,
+    /// Its bundle, absolute. Bundles of one pod are named by their containers' ids, side by side: the shim looks for the others there.
+    pub bundle: &'a Path,
 }
 
 impl Shim<'_> {
     fn command(&self, action: &str) -> Command {
         let mut command = Command::new(program());
         command
-            .args(["-namespace", NAMESPACE, "-id", self.id, "-address", ""])
+            .args(["-namespace", self.namespace, "-id", self.id, "-address", ""])
             .args(["-publish-binary", ""])
             .arg("-bundle")
             .arg(self.bundle)
@@ -43,11 +50,16 @@ impl Shim<'_> {
         command
     }
 
-    /// Starts it; the address that it serves at.
-    pub(crate) fn start(&self) -> Result<String> {
+    /// Starts it, or finds its pod's: the address that it serves at. Blocks.
+    ///
+    /// # Errors
+    /// The shim's own words.
+    pub fn start(&self) -> Result<String> {
         let output = self.command("start").output();
         let output = output.with_context(|| {
-            format!("starting {PROGRAM}: it belongs beside husk, or into a directory of PATH")
+            format!(
+                "starting {PROGRAM}: it belongs beside this program, or into a directory of PATH"
+            )
         })?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
@@ -59,8 +71,8 @@ impl Shim<'_> {
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
-    /// Clears away whatever is left of it, if anything.
-    pub(crate) fn delete(&self) {
+    /// Clears away whatever is left of it, if anything. Blocks, for 5 s at most.
+    pub fn delete(&self) {
         if !self.bundle.exists() {
             return;
         }
@@ -75,8 +87,9 @@ impl Shim<'_> {
     }
 }
 
-/// Beside this program, or else whatever PATH has.
-pub(crate) fn program() -> PathBuf {
+/// The shim's program: beside this one, or else whatever PATH has.
+#[must_use]
+pub fn program() -> PathBuf {
     let beside = env::current_exe().ok().and_then(|exe| {
         let path = fs::canonicalize(exe).ok()?.with_file_name(PROGRAM);
         path.exists().then_some(path)
@@ -85,7 +98,10 @@ pub(crate) fn program() -> PathBuf {
 }
 
 /// Connects to a shim.
-pub(crate) async fn connect(address: &str) -> Result<TaskClient> {
+///
+/// # Errors
+/// Nobody serves there.
+pub async fn connect(address: &str) -> Result<TaskClient> {
     let path = address.strip_prefix("unix://").unwrap_or(address);
     let stream = tokio::net::UnixStream::connect(path).await;
     let stream = stream.with_context(|| format!("connecting to the container's shim at {path}"))?;
@@ -93,17 +109,22 @@ pub(crate) async fn connect(address: &str) -> Result<TaskClient> {
 }
 
 /// For a call that the guest answers.
-pub(crate) fn soon() -> context::Context {
+#[must_use]
+pub fn soon() -> context::Context {
     context::with_duration(PATIENCE)
 }
 
 /// For a call that takes as long as the container does.
-pub(crate) fn forever() -> context::Context {
+#[must_use]
+pub fn forever() -> context::Context {
     context::with_timeout(0)
 }
 
 /// An answer of the shim: its own words, without ttrpc's.
-pub(crate) fn said<T>(answer: ttrpc::Result<T>) -> Result<T> {
+///
+/// # Errors
+/// Those words.
+pub fn said<T>(answer: ttrpc::Result<T>) -> Result<T> {
     match answer {
         Ok(answer) => Ok(answer),
         Err(ttrpc::Error::RpcStatus(status)) => bail!("{}", status.message()),
