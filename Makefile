@@ -33,6 +33,7 @@ build: deps ## Guest kernel, initramfs, VMM, shim and the husk command, laid out
 install: build ## Install husk below PREFIX (/usr/local); containerd finds the shim by its name
 	install -D -m 755 target/testbed/payload/bin/containerd-shim-husk-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-husk-v2
 	install -D -m 755 target/testbed/payload/bin/husk $(DESTDIR)$(PREFIX)/bin/husk
+	install -D -m 755 target/testbed/payload/bin/husk-oci $(DESTDIR)$(PREFIX)/bin/husk-oci
 	install -D -m 755 target/testbed/payload/lib/husk/husk-vmm $(DESTDIR)$(PREFIX)/lib/husk/husk-vmm
 	install -D -m 644 target/testbed/payload/lib/husk/vmlinux $(DESTDIR)$(PREFIX)/lib/husk/vmlinux
 	install -D -m 644 target/testbed/payload/lib/husk/initramfs.cpio $(DESTDIR)$(PREFIX)/lib/husk/initramfs.cpio
