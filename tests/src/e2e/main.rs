@@ -37,6 +37,7 @@ mod limits;
 mod many;
 mod net;
 mod oci;
+mod podman;
 mod pods;
 mod run;
 mod sandbox_api;
@@ -151,6 +152,7 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("hostile", true, hostile::TESTS),
     ("deploy", true, deploy::TESTS),
     ("cli", false, cli::TESTS),
+    ("podman", false, podman::TESTS),
     // They look for what is left.
     ("cli_alone", true, cli::ALONE),
 ];
