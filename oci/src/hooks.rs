@@ -135,7 +135,7 @@ mod tests {
         assert!(told(&sh("exit 3")).contains("exit status: 3"));
         let hangs = Hook {
             timeout: Some(0),
-            ..sh("sleep 1000")
+            ..sh("exec sleep 1000")
         };
         assert!(told(&hangs).contains("timeout"));
         let none = Hook {
