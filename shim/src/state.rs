@@ -432,6 +432,7 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;
     use std::process::{Command, Stdio};
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn sleeper() -> std::process::Child {
         Command::new("sleep")
@@ -528,21 +529,31 @@ mod tests {
     fn a_state_directory_is_made_while_the_last_pod_takes_it_away() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("husk");
-        let over = std::sync::atomic::AtomicBool::new(false);
+        // One end for each start, at whatever moment: many would take it away as often as there are tries, on a machine that is busy enough.
+        const STARTS: usize = 2000;
+        let starts = AtomicUsize::new(0);
         let made = std::thread::scope(|scope| {
             scope.spawn(|| {
-                while !over.load(std::sync::atomic::Ordering::Relaxed) {
-                    let _ = fs::remove_dir(&dir);
+                let mut ended = 0;
+                while ended < STARTS {
+                    let begun = starts.load(Ordering::Relaxed);
+                    if begun > ended {
+                        ended = begun;
+                        let _ = fs::remove_dir(&dir);
+                    }
+                    std::hint::spin_loop();
                 }
             });
-            let made: Vec<_> = (0..2000).map(|_| make_state_dir(&dir)).collect();
-            over.store(true, std::sync::atomic::Ordering::Relaxed);
-            made
+            let start = |_| {
+                starts.fetch_add(1, Ordering::Relaxed);
+                make_state_dir(&dir)
+            };
+            (0..STARTS).map(start).collect::<Vec<_>>()
         });
         let failed: Vec<_> = made.iter().filter(|made| made.is_err()).collect();
         assert!(
             failed.is_empty(),
-            "{} of 2000: {:?}",
+            "{} of {STARTS}: {:?}",
             failed.len(),
             failed[0]
         );
