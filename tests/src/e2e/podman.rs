@@ -254,14 +254,14 @@ fn network_and_volume(suite: &Context) -> Result<()> {
     fs::write(host.join("index.html"), "of the host")?;
     let volume = format!("{}:/www:ro", host.display());
     let serve = [
-        "run", "-d", "--name", "web", "-v", &volume, IMAGE, "httpd", "-f", "-h", "/www",
+        "run", "-d", "--name", "served", "-v", &volume, IMAGE, "httpd", "-f", "-h", "/www",
     ];
     podman.run(&serve)?.ok()?;
-    let address = podman.inspect("web", "{{.NetworkSettings.IPAddress}}")?;
+    let address = podman.inspect("served", "{{.NetworkSettings.IPAddress}}")?;
     let url = format!("http://{address}/");
     let fetch = ["run", "--rm", IMAGE, "wget", "-q", "-O", "-", &url];
     let fetched = podman.run(&fetch)?.ok();
-    let removed = podman.run(&["rm", "-f", "-t", "0", "web"])?.ok();
+    let removed = podman.run(&["rm", "-f", "-t", "0", "served"])?.ok();
     let fetched = fetched?;
     removed?;
     ensure!(fetched.text() == "of the host", "{fetched:?}");
