@@ -5,10 +5,8 @@ use std::{fs, io, os::unix::fs::DirBuilderExt as _, path::PathBuf};
 use anyhow::{Context as _, Result, bail};
 use containerd_shim_protos::{
     api::{
-        CloseIORequest, DeleteRequest, ExecProcessRequest, KillRequest, ResizePtyRequest,
-        StartRequest, WaitRequest,
+        CloseIORequest, DeleteRequest, KillRequest, ResizePtyRequest, StartRequest, WaitRequest,
     },
-    protobuf::{MessageField, well_known_types::any::Any},
     shim_async::TaskClient,
 };
 use serde_json::{Value, json};
@@ -144,21 +142,8 @@ impl Exec {
     }
 
     async fn run(&mut self, process: &Value, args: &args::Exec) -> Result<u32> {
-        let [stdin, stdout, stderr] = self.pipes.names();
-        let request = ExecProcessRequest {
-            id: self.container.clone(),
-            exec_id: self.id.clone(),
-            terminal: args.tty,
-            stdin,
-            stdout,
-            stderr,
-            spec: MessageField::some(Any {
-                type_url: shim::PROCESS.to_owned(),
-                value: serde_json::to_vec(process)?,
-                ..Any::default()
-            }),
-            ..ExecProcessRequest::default()
-        };
+        let process = serde_json::to_vec(process)?;
+        let request = shim::exec_request(&self.container, &self.id, args.tty, &self.pipes, process);
         said(self.tasks.exec(soon(), &request).await)?;
         let outputs: Vec<JoinHandle<()>> = self
             .pipes

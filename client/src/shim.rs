@@ -8,17 +8,48 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use containerd_shim_protos::shim_async::{Client, TaskClient};
+use containerd_shim_protos::{
+    api::ExecProcessRequest,
+    protobuf::{MessageField, well_known_types::any::Any},
+    shim_async::{Client, TaskClient},
+};
 use ttrpc::{asynchronous::transport::Socket, context};
 
+use crate::pipes::Pipes;
+
 /// What an exec's specification is to containerd: its typeurl of the runtime spec's type.
-pub const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 
 /// What an Update's resources are, likewise.
 pub const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// The shim's name (containerd, "Runtime v2", "Runtime binary").
 const PROGRAM: &str = "containerd-shim-husk-v2";
+
+/// An Exec of this process, the runtime spec's as JSON, with these streams.
+pub fn exec_request(
+    container: &str,
+    exec_id: &str,
+    terminal: bool,
+    pipes: &Pipes,
+    process: Vec<u8>,
+) -> ExecProcessRequest {
+    let [stdin, stdout, stderr] = pipes.names();
+    ExecProcessRequest {
+        id: container.to_owned(),
+        exec_id: exec_id.to_owned(),
+        terminal,
+        stdin,
+        stdout,
+        stderr,
+        spec: MessageField::some(Any {
+            type_url: PROCESS.to_owned(),
+            value: process,
+            ..Any::default()
+        }),
+        ..ExecProcessRequest::default()
+    }
+}
 
 /// The longest that a call may take which the guest answers; a Create boots the VM.
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -4,8 +4,7 @@ use std::{fs, path::Path, process::Child};
 
 use anyhow::{Context as _, Result, bail};
 use containerd_shim_protos::{
-    api::{DeleteRequest, ExecProcessRequest, StartRequest},
-    protobuf::{MessageField, well_known_types::any::Any},
+    api::{DeleteRequest, StartRequest},
     shim_async::TaskClient,
 };
 use husk_client::{
@@ -164,21 +163,9 @@ struct Exec<'a> {
 
 impl Exec<'_> {
     async fn add(&self, process: &Value, pipes: &Pipes, terminal: bool) -> Result<()> {
-        let [stdin, stdout, stderr] = pipes.names();
-        let request = ExecProcessRequest {
-            id: self.container.id.to_string(),
-            exec_id: self.id.to_owned(),
-            terminal,
-            stdin,
-            stdout,
-            stderr,
-            spec: MessageField::some(Any {
-                type_url: shim::PROCESS.to_owned(),
-                value: serde_json::to_vec(process)?,
-                ..Any::default()
-            }),
-            ..ExecProcessRequest::default()
-        };
+        let process = serde_json::to_vec(process)?;
+        let container = self.container.id.as_str();
+        let request = shim::exec_request(container, self.id, terminal, pipes, process);
         said(self.tasks.exec(soon(), &request).await).map(drop)
     }
 
