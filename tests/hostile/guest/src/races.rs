@@ -1,5 +1,7 @@
 //! A second processor changes what a device reads while it reads it: descriptors, rings, headers, names.
 
+use core::fmt;
+
 use crate::check;
 use crate::fuse::{
     self, GETATTR, HEADER, LOOKUP, REPLY, REPLY_ROOM, REQUEST, ROOT, Request, Session,
@@ -31,6 +33,17 @@ struct Ends {
     used: u32,
     stopped: u32,
     lost: u32,
+}
+
+impl fmt::Display for Ends {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            used,
+            stopped,
+            lost,
+        } = self;
+        write!(f, "used {used}, stopped {stopped}, lost {lost}")
+    }
 }
 
 impl Ends {
@@ -182,14 +195,9 @@ fn files(start: &Start) {
     }
     second::rest();
     let (_, again) = Session::quietly(device);
-    let Ends {
-        used,
-        stopped,
-        lost,
-    } = ends;
     check!(
         started.is_ok() && again.is_ok() && guards_hold(),
-        "file requests in chains that move (used {used}, stopped {stopped}, lost {lost})"
+        "file requests in chains that move ({ends})"
     );
 }
 
@@ -221,14 +229,9 @@ fn entropy(start: &Start) {
         queue = bring_up();
     }
     let filled = queue.request((0, 0), (REPLY, 64));
-    let Ends {
-        used,
-        stopped,
-        lost,
-    } = ends;
     check!(
         filled == Some(64) && guards_hold(),
-        "entropy in chains and rings that move (used {used}, stopped {stopped}, lost {lost}, then {filled:?})"
+        "entropy in chains and rings that move ({ends}, then {filled:?})"
     );
     device.reset();
 }
@@ -269,14 +272,9 @@ fn packets() {
     second::rest();
     socket = sockets::Socket::new(device);
     let quiet = socket.is_quiet_in_time();
-    let Ends {
-        used,
-        stopped,
-        lost,
-    } = ends;
     check!(
-        quiet && used > 0,
-        "packets whose header changes (used {used}, stopped {stopped}, lost {lost})"
+        quiet && ends.used > 0,
+        "packets whose header changes ({ends})"
     );
     device.reset();
 }
