@@ -46,6 +46,28 @@ pub fn unmount_below(root: &Path) -> io::Result<usize> {
     }
 }
 
+/// Detaches, in a mount namespace copied from the host's, the overlays that no unmounting on the host would reach: the root file systems of other
+/// containers, where their engine keeps them in a private mount. Their layers would stay in use after those containers' end. What one of
+/// `needed` is in stays.
+///
+/// # Errors
+/// The first mount that does not go; the others are tried all the same.
+pub fn leave_private_overlays(needed: &[&Path]) -> io::Result<()> {
+    let table = fs::read("/proc/thread-self/mountinfo")?;
+    let mut failed = Ok(());
+    for mount in mounts(&table).iter().rev() {
+        let is_needed = needed.iter().any(|path| path.starts_with(&mount.point));
+        if !mount.is_private || mount.kind != b"overlay" || is_needed {
+            continue;
+        }
+        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+        if let Err(error) = umount2(&mount.point, flags) {
+            failed = failed.and(Err(not_unmounted(&mount.point, error)));
+        }
+    }
+    failed
+}
+
 /// Detaches the mounts of a table below `root` that are in no other of these. What is mounted in them goes along, and is not
 /// looked up: its path leads through directories that a guest may have exchanged for links since the table was read.
 fn detach(table: &[u8], root: &Path) -> io::Result<()> {
@@ -60,10 +82,7 @@ fn detach(table: &[u8], root: &Path) -> io::Result<()> {
             // Gone by itself.
             Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
             Err(e) if failed.is_ok() => {
-                failed = Err(io::Error::new(
-                    io::Error::from(e).kind(),
-                    format!("cannot unmount {}: {e}", mount.point.display()),
-                ));
+                failed = Err(not_unmounted(&mount.point, e));
             }
             Err(_) => {}
         }
@@ -71,11 +90,20 @@ fn detach(table: &[u8], root: &Path) -> io::Result<()> {
     failed
 }
 
+fn not_unmounted(point: &Path, e: nix::errno::Errno) -> io::Error {
+    let told = format!("cannot unmount {}: {e}", point.display());
+    io::Error::new(io::Error::from(e).kind(), told)
+}
+
 /// A line of mountinfo, as far as it matters here.
 struct Mount<'a> {
     id: &'a [u8],
     parent: &'a [u8],
     point: PathBuf,
+    /// Neither hears of other mounts nor is heard of.
+    is_private: bool,
+    /// File system type.
+    kind: &'a [u8],
 }
 
 fn mounts_below<'a>(table: &'a [u8], root: &Path) -> Vec<Mount<'a>> {
@@ -92,10 +120,20 @@ fn mounts(table: &[u8]) -> Vec<Mount<'_>> {
             let mut fields = line.split(|&b| b == b' ');
             let (id, parent) = (fields.next()?, fields.next()?);
             let point = fields.nth(2).map(unescape)?;
+            // After the mount's options, optional fields up to a hyphen.
+            let mut propagation = fields.skip(1);
+            let is_private = propagation.next()? == b"-";
+            let kind = if is_private {
+                propagation.next()?
+            } else {
+                propagation.skip_while(|&field| field != b"-").nth(1)?
+            };
             Some(Mount {
                 id,
                 parent,
                 point: PathBuf::from(OsString::from_vec(point)),
+                is_private,
+                kind,
             })
         })
         .collect()
@@ -280,10 +318,53 @@ mod tests {
         assert_eq!(
             mounts(table)
                 .into_iter()
-                .map(|m| m.point)
+                .map(|m| (m.point, m.is_private, m.kind))
                 .collect::<Vec<_>>(),
-            [PathBuf::from("/"), PathBuf::from("/run/a b\\c")]
+            [
+                (PathBuf::from("/"), true, &b"ext4"[..]),
+                (PathBuf::from("/run/a b\\c"), false, b"tmpfs")
+            ]
         );
+    }
+
+    /// Needs root, as husk does.
+    #[test]
+    fn overlays_that_the_host_cannot_take_are_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let run = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            let change = |at: &Path, flags: MsFlags| {
+                mount(None::<&str>, at, None::<&str>, flags, None::<&str>).unwrap();
+            };
+            change(Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+            let tmpfs = Some("tmpfs");
+            mount(tmpfs, dir, tmpfs, MsFlags::empty(), None::<&str>).unwrap();
+            let options = format!("lowerdir={0}/one:{0}/two", dir.display());
+            for name in ["one", "two", "left", "kept/bin", "heard"] {
+                fs::create_dir_all(dir.join(name)).unwrap();
+            }
+            for name in ["left", "kept", "heard"] {
+                let overlay = Some("overlay");
+                mount(
+                    overlay,
+                    &dir.join(name),
+                    overlay,
+                    MsFlags::empty(),
+                    Some(options.as_str()),
+                )
+                .unwrap();
+            }
+            change(&dir.join("heard"), MsFlags::MS_SHARED);
+            leave_private_overlays(&[&dir.join("kept/bin/husk")]).unwrap();
+            let table = fs::read("/proc/thread-self/mountinfo").unwrap();
+            let mut left = mounts_below(&table, dir);
+            left.retain(|mount| mount.kind == b"overlay");
+            left.into_iter().map(|mount| mount.point).collect()
+        };
+        let left: Vec<_> =
+            std::thread::scope(|scope| scope.spawn(run).join()).expect("the thread to end");
+        assert_eq!(left, [dir.join("kept"), dir.join("heard")]);
     }
 
     #[test]

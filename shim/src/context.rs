@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::config::Config;
+use crate::engine_mounts::EngineMounts;
 use crate::events::Publisher;
 use crate::pod::Keeper;
 use crate::state::PodDir;
@@ -26,4 +27,6 @@ pub struct ShimContext {
     pub settings: Option<PathBuf>,
     /// The pod's directory on the host, `share/` in it already published.
     pub pod: PodDir,
+    /// Where the engine's files are found.
+    pub engine: EngineMounts,
 }

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
@@ -22,10 +23,11 @@ use crate::bootstrap::{self, READY, TTRPC_ADDRESS};
 use crate::config::Config;
 use crate::context::ShimContext;
 use crate::delete;
+use crate::engine_mounts::EngineMounts;
 use crate::events::Publisher;
 use crate::pod::Keeper;
 use crate::state::{self, PodDir, PodState, ProcessId};
-use crate::{log, service, share};
+use crate::{cleanup, log, service, share};
 
 /// How long containerd may take for the last events.
 const FLUSH_LIMIT: Duration = Duration::from_secs(3);
@@ -52,7 +54,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut stdout = io::stdout();
     stdout.write_all(word.as_bytes())?;
     stdout.flush()?;
-    let (config, pod) = prepared?;
+    let (config, pod, engine) = prepared?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
     dup2_stdin(&null)?;
     dup2_stdout(&null)?;
@@ -61,7 +63,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         .worker_threads(WORKERS)
         .enable_all()
         .build()?;
-    runtime.block_on(serve(args, config, pod.clone(), listener));
+    runtime.block_on(serve(args, config, pod.clone(), engine, listener));
     // Tasks that still hold something of the pod end here.
     runtime.shutdown_timeout(Duration::from_secs(1));
     // Where containerd has asked for the end, the pod is cleared away already, and its id may be in use again.
@@ -73,7 +75,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Everything that can fail before the first thread.
-fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir)> {
+fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir, EngineMounts)> {
     let config = Config::load(None)?;
     log::init(
         io::stderr(),
@@ -83,6 +85,8 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir)> {
     let step =
         |what: &'static str| move |e: nix::errno::Errno| anyhow::anyhow!("cannot {what}: {e}");
     setsid().map_err(step("start a session for the shim"))?;
+    let engine = EngineMounts::of_this_thread()
+        .map_err(|e| anyhow::anyhow!("cannot keep the engine's mount namespace: {e}"))?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(step(
         "make a mount namespace for the shim (is it run as root?)",
     ))?;
@@ -95,6 +99,7 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir)> {
         None::<&str>,
     )
     .map_err(step("detach the shim's mounts from the host's"))?;
+    leave_other_containers(args, &config);
     // A process with all its streams takes nine descriptors; the usual soft limit of 1024 would be a limit on execs.
     let limits = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
@@ -120,10 +125,35 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, PodDir)> {
     let bundle = bootstrap::bundle(args)?;
     pod.link_bundle(&bundle)?;
     std::env::set_current_dir("/")?;
-    Ok((config, pod))
+    Ok((config, pod, engine))
 }
 
-async fn serve(args: &Args, config: Config, pod: PodDir, listener: UnixListener) {
+/// Without this the pod works as well, so that a failure is told alone.
+fn leave_other_containers(args: &Args, config: &Config) {
+    let program = std::env::current_exe().unwrap_or_default();
+    let bundle = args.bundle.clone().unwrap_or_default();
+    let needed = [
+        Path::new("/"),
+        &program,
+        &bundle,
+        &config.vmm,
+        &config.kernel,
+        &config.initramfs,
+        &config.state_dir,
+        &config.socket_dir,
+    ];
+    if let Err(error) = cleanup::leave_private_overlays(&needed) {
+        warn!(%error, "the root file system of another container stays in use until this pod's end");
+    }
+}
+
+async fn serve(
+    args: &Args,
+    config: Config,
+    pod: PodDir,
+    engine: EngineMounts,
+    listener: UnixListener,
+) {
     let ttrpc_address = std::env::var(TTRPC_ADDRESS).ok().filter(|a| !a.is_empty());
     let publisher = Publisher::new(ttrpc_address.as_deref(), &args.namespace);
     let bundle = args.bundle.clone().unwrap_or_default();
@@ -136,6 +166,7 @@ async fn serve(args: &Args, config: Config, pod: PodDir, listener: UnixListener)
         config,
         settings: Config::named(),
         pod,
+        engine,
     };
     info!(
         version = env!("CARGO_PKG_VERSION"),

@@ -4,7 +4,10 @@
 //! the VM's memory. It is the same for all containers that mount the directory, from the first of them to the pod's end. What is in the
 //! host's is not seen: the kubelet makes such a volume empty, for one pod. A subPath of one is another directory, and so a volume by itself.
 
-use std::{fs, io, os::unix::fs::MetadataExt as _, path::Path};
+use std::{
+    fs::Metadata,
+    os::{fd::AsFd, unix::fs::MetadataExt as _},
+};
 
 use husk_protocol::{
     HUGE_PAGE_BYTES,
@@ -18,9 +21,9 @@ use crate::spec::Owners;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// Bytes of the pages of the hugetlbfs that holds this directory; `None` where another file system does. Blocks.
-pub fn page_size(directory: &Path) -> Option<u64> {
+pub fn page_size(directory: impl AsFd) -> Option<u64> {
     // A file system of FUSE need not tell; a hugetlbfs always does.
-    let stat = rustix::fs::statfs(directory).ok()?;
+    let stat = rustix::fs::fstatfs(directory).ok()?;
     let is_huge = u64::try_from(stat.f_type) == Ok(HUGETLBFS_MAGIC);
     is_huge.then(|| u64::try_from(stat.f_bsize).unwrap_or(0))
 }
@@ -40,19 +43,15 @@ pub struct HugeVolume {
 }
 
 impl HugeVolume {
-    /// In place of this directory, its owner shown as these. Blocks.
-    ///
-    /// # Errors
-    /// When it cannot be looked at.
-    pub fn of(directory: &Path, owners: &Owners) -> io::Result<Self> {
-        let of = fs::metadata(directory)?;
-        Ok(Self {
+    /// In place of the directory that this is of, its owner shown as these.
+    pub fn of(directory: &Metadata, owners: &Owners) -> Self {
+        Self {
             // The same for every container that mounts this directory.
-            id: format!("huge-{}-{}", of.dev(), of.ino()),
-            mode: of.mode() & 0o7777,
-            uid: owners.user(of.uid()),
-            gid: owners.group(of.gid()),
-        })
+            id: format!("huge-{}-{}", directory.dev(), directory.ino()),
+            mode: directory.mode() & 0o7777,
+            uid: owners.user(directory.uid()),
+            gid: owners.group(directory.gid()),
+        }
     }
 
     /// Where it is in the guest.
@@ -78,13 +77,14 @@ impl HugeVolume {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, path::Path};
+
     use super::*;
 
     #[test]
     fn other_directories_are_not_concerned() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(page_size(dir.path()), None);
-        assert_eq!(page_size(&dir.path().join("none")), None);
+        assert_eq!(page_size(fs::File::open(dir.path()).unwrap()), None);
     }
 
     #[test]
@@ -93,7 +93,7 @@ mod tests {
         let (at, link) = (dir.path().join("at"), dir.path().join("link"));
         fs::create_dir(&at).unwrap();
         std::os::unix::fs::symlink(&at, &link).unwrap();
-        let of = |path: &Path| HugeVolume::of(path, &Owners::default()).unwrap();
+        let of = |path: &Path| HugeVolume::of(&fs::metadata(path).unwrap(), &Owners::default());
         assert_eq!(of(&at), of(&link));
         assert_ne!(of(&at).guest_path(), of(dir.path()).guest_path());
         assert_eq!(of(&at).request().entries[0].mode, 0o755);

@@ -298,7 +298,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::{
         cleanup,
-        mount::{MountRequest, apply},
+        mount::{MountRequest, apply_here},
     };
 
     const MAPS: [&str; 2] = ["uidmap=0:65536:1000", "gidmap=0:65536:500,500:7000:1"];
@@ -370,13 +370,13 @@ pub(crate) mod tests {
             fs::create_dir(&data).unwrap();
             fs::create_dir(&shown).unwrap();
             chown(&data, Some(7), Some(500)).unwrap();
-            apply(&request("bind", &data, &["rbind".into()]), &shown, None).unwrap();
+            apply_here(&request("bind", &data, &["rbind".into()]), &shown, None).unwrap();
             assert_eq!(owner(&shown), (65543, 7000));
             // The host's root is nobody there.
             fs::write(shown.join("file"), "").unwrap_err();
             let mut bad = request("bind", &data, &["uidmap=0:x:1".into()]);
             bad.options.retain(|option| option != MAPS[0]);
-            let error = apply(&bad, &shown, None).unwrap_err().to_string();
+            let error = apply_here(&bad, &shown, None).unwrap_err().to_string();
             assert!(error.contains("uidmap=0:x:1"), "{error}");
         });
     }
@@ -397,7 +397,7 @@ pub(crate) mod tests {
                 format!("workdir={}", at("work")),
             ];
             let shown = dir.join("shown");
-            apply(
+            apply_here(
                 &request("overlay", Path::new("overlay"), &options),
                 &shown,
                 None,

@@ -18,6 +18,7 @@ pub mod cri;
 pub mod daemon;
 pub mod delete;
 pub mod demand;
+pub mod engine_mounts;
 pub mod error;
 pub mod etc;
 pub mod events;

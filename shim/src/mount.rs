@@ -18,10 +18,11 @@ use nix::{
 };
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2},
-    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
+    mount::{MoveMountFlags, move_mount},
 };
 
 use crate::{
+    engine_mounts::EngineMounts,
     idmap::{self, IdMap, IdMapError, Layers},
     overlay,
     vmm_users::VmmUsers,
@@ -207,6 +208,7 @@ fn parse(request: &MountRequest) -> Result<Options, MountError> {
 }
 
 /// Makes one mount on `base`, or below it where the request has a target; with `users`, so that the VMM owns what root does on the disk.
+/// The source of a bind mount is the engine's.
 ///
 /// # Errors
 /// [`MountError`] naming source and target; [`MountError::Owners`] only with `users`.
@@ -214,6 +216,7 @@ pub fn apply(
     request: &MountRequest,
     base: &Path,
     users: Option<&VmmUsers>,
+    engine: &EngineMounts,
 ) -> Result<(), MountError> {
     // Open until the mount is made: its path goes by the descriptor.
     let place = below(base, &request.target)?;
@@ -239,12 +242,17 @@ pub fn apply(
     };
     let is_overlay = request.kind == "overlay";
     if options.flags.contains(MsFlags::MS_BIND) {
-        if !Path::new(&request.source).exists() {
-            return Err(MountError::NoSource {
-                source_path: request.source.clone(),
-            });
-        }
-        bind(&request.source, target, &options, users).map_err(not_shifted)?;
+        let below = options.flags.contains(MsFlags::MS_REC);
+        let source = Path::new(&request.source);
+        let tree = engine
+            .copy(source, below)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => MountError::NoSource {
+                    source_path: request.source.clone(),
+                },
+                _ => refused(error),
+            })?;
+        bind(&tree, source, target, &options, users).map_err(not_shifted)?;
     } else if options.idmap.is_some() && !is_overlay {
         return Err(MountError::Option {
             kind: request.kind.clone(),
@@ -286,34 +294,48 @@ pub fn apply(
     Ok(())
 }
 
-/// Clones what is mounted at `source` and attaches the clone, flags and all. Flags hold for the mounts below as well where those come
-/// along. What the request maps itself has no file of root's.
+/// [`apply`] with the mounts of the calling thread.
+#[cfg(test)]
+pub fn apply_here(
+    request: &MountRequest,
+    base: &Path,
+    users: Option<&VmmUsers>,
+) -> Result<(), MountError> {
+    apply(
+        request,
+        base,
+        users,
+        &EngineMounts::of_this_thread().unwrap(),
+    )
+}
+
+/// Attaches a copy of what is mounted at `source`, flags and all. Flags hold for the mounts below as well where those come along. What the
+/// request maps itself has no file of root's.
 fn bind(
-    source: &str,
+    tree: &OwnedFd,
+    source: &Path,
     target: &Path,
     options: &Options,
     users: Option<&VmmUsers>,
 ) -> Result<(), IdMapError> {
     let below = options.flags.contains(MsFlags::MS_REC);
-    let mut clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    clone.set(OpenTreeFlags::AT_RECURSIVE, below);
-    let tree = open_tree(CWD, source, clone).map_err(io::Error::from)?;
+    // What is mounted in the pod's share is not to reach the engine's mounts.
+    set_attributes(tree.as_fd(), below, (0, 0), MsFlags::MS_SLAVE, None)?;
     let (set, clear) = attributes(options.flags);
     if set != 0 {
         set_attributes(tree.as_fd(), below, (set, clear), MsFlags::empty(), None)?;
     }
-    let what = Path::new(source);
     if let Some(idmap) = &options.idmap {
-        idmap::map(&tree, false, idmap.user_namespace()?.as_fd(), what)?;
+        idmap::map(tree, false, idmap.user_namespace()?.as_fd(), source)?;
     } else if let Some(users) = users {
-        users.map(tree.as_fd(), below, what)?;
+        users.map(tree.as_fd(), below, source)?;
     }
     let kind = options.propagation - MsFlags::MS_REC;
     if !kind.is_empty() {
         let below = options.propagation.contains(MsFlags::MS_REC);
         set_attributes(tree.as_fd(), below, (0, 0), kind, None)?;
     }
-    Ok(attach(&tree, target)?)
+    Ok(attach(tree, target)?)
 }
 
 fn mapped_overlay(layers: Layers<'_>, target: &Path, options: &Options) -> Result<(), IdMapError> {
@@ -586,7 +608,7 @@ mod tests {
                     unshare(CloneFlags::CLONE_NEWNS).unwrap();
                     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
                     mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-                    apply(&request, base, None).map_err(|e| e.to_string())?;
+                    apply_here(&request, base, None).map_err(|e| e.to_string())?;
                     let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
                     let last = mounts.lines().last().unwrap().split(' ').nth(4).unwrap();
                     Ok(last.to_owned())
@@ -622,7 +644,7 @@ mod tests {
     fn a_missing_source_is_named() {
         let mut request = request("bind", &["rbind"]);
         request.source = "/no/such/dir".into();
-        let error = apply(&request, Path::new("/tmp"), None)
+        let error = apply_here(&request, Path::new("/tmp"), None)
             .unwrap_err()
             .to_string();
         assert!(

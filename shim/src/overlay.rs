@@ -39,7 +39,7 @@ mod tests {
     use nix::mount::{MsFlags, mount};
 
     use super::*;
-    use crate::mount::{MountRequest, apply};
+    use crate::mount::{MountRequest, apply_here};
 
     /// Needs root, as husk does.
     #[test]
@@ -71,7 +71,7 @@ mod tests {
             ],
         };
         let target = disk.join("target");
-        let full = apply(&request, &target, None).map_err(|e| e.to_string());
+        let full = apply_here(&request, &target, None).map_err(|e| e.to_string());
         mount(
             None::<&str>,
             &disk,
@@ -80,7 +80,7 @@ mod tests {
             Some("nr_inodes=50"),
         )
         .unwrap();
-        let roomy = apply(&request, &target, None).map_err(|e| e.to_string());
+        let roomy = apply_here(&request, &target, None).map_err(|e| e.to_string());
         // Nothing is on the target but the second one.
         let unmounted = [target.as_path(), &disk].map(|path| umount2(path, MntFlags::empty()));
         assert!(full.unwrap_err().contains("No space left on device"));

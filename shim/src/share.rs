@@ -35,6 +35,7 @@ use tracing::warn;
 
 use crate::{
     cleanup,
+    engine_mounts::EngineMounts,
     error::chain,
     huge_pages::{self, HugeVolume},
     mount::{self, MountError, MountRequest},
@@ -100,7 +101,8 @@ pub struct Share {
     served: PathBuf,
     /// Whose the files are shown as; `None`: their owners'.
     users: Option<VmmUsers>,
-    mount: fn(&MountRequest, &Path, Option<&VmmUsers>) -> Result<(), MountError>,
+    engine: EngineMounts,
+    mount: fn(&MountRequest, &Path, Option<&VmmUsers>, &EngineMounts) -> Result<(), MountError>,
 }
 
 /// Makes what is mounted in `share` appear in `served`, where the directories themselves are read-only. Once a mount namespace, before
@@ -128,11 +130,17 @@ pub fn publish(share: &Path, served: &Path) -> io::Result<()> {
 
 impl Share {
     /// The share of a pod, whose directories exist and have been [published](publish), for a VMM with these users.
-    pub fn new(root: PathBuf, served: PathBuf, users: Option<VmmUsers>) -> Self {
+    pub fn new(
+        root: PathBuf,
+        served: PathBuf,
+        users: Option<VmmUsers>,
+        engine: EngineMounts,
+    ) -> Self {
         Self {
             root,
             served,
             users,
+            engine,
             mount: mount::apply,
         }
     }
@@ -144,7 +152,8 @@ impl Share {
             served: root.clone(),
             root,
             users: None,
-            mount: |_, _, _| Ok(()),
+            engine: EngineMounts::of_this_thread().unwrap(),
+            mount: |_, _, _, _| Ok(()),
         }
     }
 
@@ -190,7 +199,8 @@ impl Share {
         make_dir(&root)?;
         if rootfs.is_empty() {
             let path = spec.root_path();
-            if !path.is_dir() {
+            let seen = self.engine.look(&path).and_then(|file| file.metadata());
+            if !seen.is_ok_and(|seen| seen.is_dir()) {
                 return Err(ShareError::NoRootfs { path });
             }
             self.mount(&bind(&path, true, &["rprivate"]), &root)?;
@@ -213,8 +223,9 @@ impl Share {
                 destination: spec.mount_destination(bound.index),
                 reason,
             };
-            let kind = fs::metadata(&bound.source).map_err(unseen)?;
-            if let Some(bytes) = huge_pages::page_size(&bound.source) {
+            let source = self.engine.look(&bound.source).map_err(unseen)?;
+            let kind = source.metadata().map_err(unseen)?;
+            if let Some(bytes) = huge_pages::page_size(&source) {
                 if !huge_pages::are_possible(bytes) {
                     return Err(ShareError::HugePages {
                         path: bound.source.clone(),
@@ -222,7 +233,7 @@ impl Share {
                         page_mib: bytes >> 20,
                     });
                 }
-                let volume = HugeVolume::of(&bound.source, &bound.owners).map_err(unseen)?;
+                let volume = HugeVolume::of(&kind, &bound.owners);
                 paths.mounts.insert(bound.index, volume.guest_path());
                 paths.huge_volumes.push(volume);
                 continue;
@@ -251,7 +262,7 @@ impl Share {
                         reason = chain(&error),
                         "the volume is shown as it is: root's files are nobody's to the guest"
                     );
-                    (self.mount)(&request, &target, None)?;
+                    (self.mount)(&request, &target, None, &self.engine)?;
                 }
                 mounted => mounted?,
             }
@@ -263,7 +274,7 @@ impl Share {
     }
 
     fn mount(&self, request: &MountRequest, at: &Path) -> Result<(), MountError> {
-        (self.mount)(request, at, self.users.as_ref())
+        (self.mount)(request, at, self.users.as_ref(), &self.engine)
     }
 
     /// The users of the VMM that serves it.
@@ -412,7 +423,8 @@ mod tests {
             fs::create_dir(&share).unwrap();
             fs::create_dir(&served).unwrap();
             publish(&share, &served).unwrap();
-            test(dir.path(), &Share::new(share, served, None));
+            let engine = EngineMounts::of_this_thread().unwrap();
+            test(dir.path(), &Share::new(share, served, None, engine));
             cleanup::unmount_below(dir.path()).unwrap();
             cleanup::remove_tree(&dir.path().join("share")).unwrap();
             cleanup::remove_tree(&dir.path().join("served")).unwrap();

@@ -24,6 +24,7 @@ use nix::{
 use rustix::thread::{capabilities, set_capabilities};
 use tracing::{info, warn};
 
+use crate::engine_mounts::EngineMounts;
 use crate::idmap::{self, IdMap, IdMapError, Layers};
 
 /// Above what distributions, directory services and container engines hand out. A process id is added, of which there are 2^22 at most.
@@ -100,8 +101,9 @@ impl VmmUsers {
     /// Whether a root file system that an engine has mounted can be [mapped](Self::map). An overlay cannot, and its layers are in use by the
     /// engine's own mount: Docker copies files by it while the container runs. What else is wrong with it is for the start to say.
     #[must_use]
-    pub fn can_show(&self, root: &Path) -> bool {
-        let mapped = idmap::clone(root)
+    pub fn can_show(&self, engine: &EngineMounts, root: &Path) -> bool {
+        let mapped = engine
+            .copy(root, false)
             .map_err(IdMapError::from)
             .and_then(|tree| idmap::map(tree, false, self.namespace(), root));
         if let Err(IdMapError::Unmappable(_, error)) = &mapped {
@@ -157,7 +159,7 @@ mod tests {
     use super::*;
     use crate::{
         idmap::tests::{on_tmpfs, owner},
-        mount::{MountError, MountRequest, apply},
+        mount::{MountError, MountRequest, apply_here},
     };
 
     #[test]
@@ -224,8 +226,8 @@ mod tests {
             ];
             let overlay = request("overlay", Path::new("overlay"), &options);
             let volume = request("bind", &at("volume"), &["rbind".into()]);
-            apply(&overlay, &at("shown"), Some(&users)).unwrap();
-            apply(&volume, &at("seen"), Some(&users)).unwrap();
+            apply_here(&overlay, &at("shown"), Some(&users)).unwrap();
+            apply_here(&volume, &at("seen"), Some(&users)).unwrap();
             assert_eq!(owner(&at("shown/root")), (id, id));
             assert_eq!(owner(&at("shown/other")), (1000, 1001));
             // The host's root is nobody there.
@@ -262,13 +264,14 @@ mod tests {
                 fs::create_dir(dir.join(name)).unwrap();
             }
             let merged = dir.join("merged");
-            assert!(users.can_show(&merged));
+            let engine = EngineMounts::of_this_thread().unwrap();
+            assert!(users.can_show(&engine, &merged));
             let at = |name: &str| format!("{name}dir={}", dir.join(name).display());
             let options = ["lower", "upper", "work"].map(at);
             let overlay = request("overlay", Path::new("overlay"), &options);
-            apply(&overlay, &merged, None).unwrap();
-            assert!(!users.can_show(&merged));
-            assert!(users.can_show(&dir.join("missing")));
+            apply_here(&overlay, &merged, None).unwrap();
+            assert!(!users.can_show(&engine, &merged));
+            assert!(users.can_show(&engine, &dir.join("missing")));
         });
     }
 
@@ -279,7 +282,7 @@ mod tests {
             let seen = dir.join("seen");
             fs::create_dir(&seen).unwrap();
             let proc = request("bind", Path::new("/proc/self"), &["bind".into()]);
-            let error = apply(&proc, &seen, Some(&users)).unwrap_err();
+            let error = apply_here(&proc, &seen, Some(&users)).unwrap_err();
             assert!(matches!(error, MountError::Owners { .. }), "{error}");
             assert!(
                 error.to_string().contains("user_namespace = false"),
@@ -289,16 +292,16 @@ mod tests {
             let below = dir.join("volume/proc");
             fs::create_dir_all(&below).unwrap();
             let proc = request("proc", Path::new("proc"), &[]);
-            apply(&proc, &below, None).unwrap();
+            apply_here(&proc, &below, None).unwrap();
             let volume = request("rbind", &dir.join("volume"), &[]);
-            apply(&volume, &seen, Some(&users)).unwrap();
+            apply_here(&volume, &seen, Some(&users)).unwrap();
             assert_eq!(owner(&seen).0, users.id);
             assert_eq!(owner(&seen.join("proc")).0, 0);
             // A file system that is mounted for the container alone.
             let own = request("tmpfs", Path::new("tmpfs"), &["mode=700".into()]);
             let at = dir.join("own");
             fs::create_dir(&at).unwrap();
-            apply(&own, &at, Some(&users)).unwrap();
+            apply_here(&own, &at, Some(&users)).unwrap();
             assert_eq!(owner(&at).0, users.id);
         });
     }

@@ -72,9 +72,15 @@ pub async fn serve_with(
     driver: Arc<dyn Driver>,
 ) -> Result<(), ttrpc::Error> {
     let users = context.config.user_namespace.then(VmmUsers::make).flatten();
-    let users = users
-        .filter(|users| root_of_engine(&context.bundle).is_none_or(|root| users.can_show(&root)));
-    let share = Share::new(context.pod.share(), context.pod.served(), users);
+    let users = users.filter(|users| {
+        root_of_engine(&context.bundle).is_none_or(|root| users.can_show(&context.engine, &root))
+    });
+    let share = Share::new(
+        context.pod.share(),
+        context.pod.served(),
+        users,
+        context.engine.clone(),
+    );
     let tasks = Tasks::start(context, share, driver);
     let mut server = Server::new()
         .add_listener(Listener::from(listener))

@@ -34,6 +34,7 @@ use ttrpc::{
 use crate::{
     config::Config,
     context::ShimContext,
+    engine_mounts::EngineMounts,
     error::TaskError,
     events::Publisher,
     network::tap::Queues,
@@ -668,6 +669,7 @@ impl World {
             config,
             settings: None,
             pod,
+            engine: EngineMounts::of_this_thread().unwrap(),
         };
         write_bundle(&dir.path().join("bundle"), dir.path(), linux);
         let share = Share::without_mounts(context.pod.share());
