@@ -335,13 +335,33 @@ fn start(bin: &Path, id: &str, bundle: &Path) -> Result<String> {
     Ok(said)
 }
 
+/// A directory that is a private mount, as containers/storage makes its own (`mount.MakePrivate` in drivers/overlay).
+struct Private<'a>(&'a Path);
+
+impl<'a> Private<'a> {
+    fn mount(at: &'a Path) -> Result<Self> {
+        let none = None::<&str>;
+        mount(Some(at), at, none, MsFlags::MS_BIND, none)?;
+        let made = Self(at);
+        mount(none, at, none, MsFlags::MS_PRIVATE, none)?;
+        Ok(made)
+    }
+}
+
+impl Drop for Private<'_> {
+    fn drop(&mut self) {
+        let _ = umount2(self.0, MntFlags::MNT_DETACH);
+    }
+}
+
 fn pod(suite: &Context) -> Result<()> {
     let before = Traces::now();
     {
-        let storage = tempfile::tempdir_in("/run")?;
+        let dir = tempfile::tempdir_in("/run")?;
+        let storage = Private::mount(dir.path())?;
         let netns = Netns::new("husk-crio")?;
         netns.wire("husk-crio-h", "10.93.0.1", "eth0", "10.93.0.2")?;
-        whole_life(suite, storage.path(), &netns)?;
+        whole_life(suite, storage.0, &netns)?;
     }
     before.restored()
 }
