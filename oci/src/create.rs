@@ -40,11 +40,6 @@ pub(crate) fn create(all: &Args, args: &args::Create) -> Result<()> {
     if spec.terminal() && args.console_socket.is_none() {
         bail!("use --console-socket with create when a terminal is used");
     }
-    if spec.is_of_pod() {
-        bail!(
-            "husk-oci runs no pods yet: run the containers on a network of their own, without --pod"
-        );
-    }
     let store = Store::open(&all.root)?;
     let container = store.create(&args.id)?;
     let created = create_in(all, args, &spec, &container);

@@ -78,12 +78,6 @@ impl Spec {
             .collect()
     }
 
-    /// Whether it is of a pod of podman's, which has the shim run it in one VM with the others.
-    pub(crate) fn is_of_pod(&self) -> bool {
-        let id = &self.value["annotations"]["io.kubernetes.cri-o.SandboxID"];
-        id.as_str().is_some_and(|id| !id.is_empty())
-    }
-
     /// The namespace that it joins, of this type.
     pub(crate) fn namespace(&self, kind: &str) -> Option<&Path> {
         let list = self.value["linux"]["namespaces"].as_array()?;
