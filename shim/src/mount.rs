@@ -6,6 +6,8 @@
 //! A bind mount is cloned first, given its flags while nobody sees it, and only then attached: what is mounted in the pod's
 //! share appears in the tree that the guest is served at that moment, with the flags that it has at that moment.
 
+mod options;
+
 use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
@@ -23,10 +25,11 @@ use rustix::{
 
 use crate::{
     engine_mounts::EngineMounts,
-    idmap::{self, IdMap, IdMapError, Layers},
+    idmap::{self, IdMapError, Layers},
     overlay,
     vmm_users::VmmUsers,
 };
+use options::{LOCKED, Options, attributes, parse};
 
 /// `mount(2)` takes one page of options, with its final NUL.
 const MAX_DATA: usize = 4095;
@@ -102,109 +105,6 @@ pub enum MountError {
     /// The target leaves the mount point, or is not there.
     #[error("mount target {0:?} is not a path in the root file system without links")]
     Target(String),
-}
-
-/// Flags and data of a list of options.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Options {
-    flags: MsFlags,
-    /// Of a bind mount towards its source; a fresh file system has nobody to hear from.
-    propagation: MsFlags,
-    data: Vec<String>,
-    /// Whose the files are shown as, where not their owners'.
-    idmap: Option<IdMap>,
-}
-
-/// `Some((set, flag))` for an option that is a flag.
-fn flag(option: &str) -> Option<(bool, MsFlags)> {
-    Some(match option {
-        "ro" => (true, MsFlags::MS_RDONLY),
-        "rw" => (false, MsFlags::MS_RDONLY),
-        "nosuid" => (true, MsFlags::MS_NOSUID),
-        "suid" => (false, MsFlags::MS_NOSUID),
-        "nodev" => (true, MsFlags::MS_NODEV),
-        "dev" => (false, MsFlags::MS_NODEV),
-        "noexec" => (true, MsFlags::MS_NOEXEC),
-        "exec" => (false, MsFlags::MS_NOEXEC),
-        "sync" => (true, MsFlags::MS_SYNCHRONOUS),
-        "async" => (false, MsFlags::MS_SYNCHRONOUS),
-        "dirsync" => (true, MsFlags::MS_DIRSYNC),
-        "noatime" => (true, MsFlags::MS_NOATIME),
-        "atime" => (false, MsFlags::MS_NOATIME),
-        "nodiratime" => (true, MsFlags::MS_NODIRATIME),
-        "diratime" => (false, MsFlags::MS_NODIRATIME),
-        "relatime" => (true, MsFlags::MS_RELATIME),
-        "norelatime" => (false, MsFlags::MS_RELATIME),
-        "strictatime" => (true, MsFlags::MS_STRICTATIME),
-        "nostrictatime" => (false, MsFlags::MS_STRICTATIME),
-        "bind" => (true, MsFlags::MS_BIND),
-        "rbind" => (true, MsFlags::MS_BIND.union(MsFlags::MS_REC)),
-        _ => return None,
-    })
-}
-
-fn propagation(option: &str) -> Option<MsFlags> {
-    let recursive = option.starts_with('r');
-    let flag = match option.strip_prefix('r').unwrap_or(option) {
-        "private" => MsFlags::MS_PRIVATE,
-        "shared" => MsFlags::MS_SHARED,
-        "slave" => MsFlags::MS_SLAVE,
-        "unbindable" => MsFlags::MS_UNBINDABLE,
-        _ => return None,
-    };
-    Some(if recursive {
-        flag | MsFlags::MS_REC
-    } else {
-        flag
-    })
-}
-
-/// What every mount has, whatever is asked for. Nobody on the host opens a device or runs a program of a container's; what the container
-/// may do with them is for the guest to say, whose mounts do not see these flags.
-const LOCKED: MsFlags = MsFlags::MS_NOSUID
-    .union(MsFlags::MS_NODEV)
-    .union(MsFlags::MS_NOEXEC);
-
-fn parse(request: &MountRequest) -> Result<Options, MountError> {
-    let mut options = Options {
-        flags: MsFlags::empty(),
-        propagation: MsFlags::empty(),
-        data: Vec::new(),
-        idmap: None,
-    };
-    let (mut uids, mut gids) = (None, None);
-    let unsupported = |option: &str| MountError::Option {
-        kind: request.kind.clone(),
-        source_path: request.source.clone(),
-        option: option.to_owned(),
-    };
-    if request.kind == "bind" {
-        options.flags |= MsFlags::MS_BIND;
-    } else if request.kind == "rbind" {
-        options.flags |= MsFlags::MS_BIND | MsFlags::MS_REC;
-    }
-    for option in &request.options {
-        if let Some((set, flag)) = flag(option) {
-            options.flags.set(flag, set);
-        } else if let Some(flag) = propagation(option) {
-            options.propagation |= flag;
-        } else if let Some(ranges) = option.strip_prefix("uidmap=") {
-            uids = Some(ranges);
-        } else if let Some(ranges) = option.strip_prefix("gidmap=") {
-            gids = Some(ranges);
-        } else if option == "loop" {
-            return Err(unsupported(option));
-        } else if option != "defaults" && !option.is_empty() {
-            options.data.push(option.clone());
-        }
-    }
-    if uids.is_some() || gids.is_some() {
-        let (uids, gids) = (uids.unwrap_or_default(), gids.unwrap_or_default());
-        let idmap = IdMap::parse(uids, gids);
-        let told = || unsupported(&format!("uidmap={uids},gidmap={gids}"));
-        options.idmap = Some(idmap.ok_or_else(told)?);
-    }
-    Ok(options)
 }
 
 /// Makes one mount on `base`, or below it where the request has a target; with `users`, so that the VMM owns what root does on the disk.
@@ -365,30 +265,6 @@ fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
     Ok(move_mount(tree, c"", CWD, target, flags)?)
 }
 
-/// Attributes to set and to clear for the flags of mount(2); those of a whole file system are not a bind mount's.
-fn attributes(flags: MsFlags) -> (u64, u64) {
-    let pairs = [
-        (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
-        (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
-        (MsFlags::MS_NODEV, libc::MOUNT_ATTR_NODEV),
-        (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
-        (MsFlags::MS_NODIRATIME, libc::MOUNT_ATTR_NODIRATIME),
-    ];
-    let set = pairs
-        .iter()
-        .filter(|(flag, _)| flags.contains(*flag))
-        .fold(0, |set, (_, attribute)| set | attribute);
-    // One of three, of which the kernel's default has the value 0.
-    let atime = if flags.contains(MsFlags::MS_NOATIME) {
-        libc::MOUNT_ATTR_NOATIME
-    } else if flags.contains(MsFlags::MS_STRICTATIME) {
-        libc::MOUNT_ATTR_STRICTATIME
-    } else {
-        return (set, 0);
-    };
-    (set | atime, libc::MOUNT_ATTR__ATIME)
-}
-
 /// Changes a mount that is not attached yet, with those below it if `below`. `userns` comes with `MOUNT_ATTR_IDMAP`.
 #[allow(unsafe_code, reason = "neither nix nor rustix has mount_setattr(2)")]
 pub(crate) fn set_attributes(
@@ -546,110 +422,4 @@ fn below(base: &Path, target: &str) -> Result<Place, MountError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn request(kind: &str, options: &[&str]) -> MountRequest {
-        MountRequest {
-            kind: kind.into(),
-            source: "/s".into(),
-            target: String::new(),
-            options: options.iter().map(|&o| o.into()).collect(),
-        }
-    }
-
-    #[test]
-    fn options_are_flags_propagation_or_data() {
-        let options = parse(&request(
-            "overlay",
-            &["ro", "rw", "nodev", "index=off", "rslave", "lowerdir=/a:/b"],
-        ))
-        .unwrap();
-        assert_eq!(options.flags, MsFlags::MS_NODEV);
-        assert_eq!(options.propagation, MsFlags::MS_SLAVE | MsFlags::MS_REC);
-        assert_eq!(options.data, ["index=off", "lowerdir=/a:/b"]);
-        let bind = parse(&request("bind", &["rbind", "ro"])).unwrap();
-        assert_eq!(
-            bind.flags,
-            MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY
-        );
-        assert!(parse(&request("ext4", &["loop"])).is_err());
-    }
-
-    #[test]
-    fn relative_and_rprivate_are_not_confused() {
-        assert_eq!(propagation("relatime"), None);
-        assert_eq!(
-            propagation("rprivate"),
-            Some(MsFlags::MS_PRIVATE | MsFlags::MS_REC)
-        );
-        assert_eq!(propagation("private"), Some(MsFlags::MS_PRIVATE));
-    }
-
-    /// Needs root, as husk does: mounts, in a mount namespace of the test's own.
-    #[test]
-    fn a_target_is_no_way_out() {
-        let dir = tempfile::tempdir().unwrap();
-        let (base, outside) = (dir.path().join("base"), dir.path().join("outside"));
-        for path in [&base.join("a/b"), &outside.join("b"), &base.join("source")] {
-            std::fs::create_dir_all(path).unwrap();
-        }
-        std::os::unix::fs::symlink(&outside, base.join("link")).unwrap();
-        let base = &base;
-        let mounted = |target: &str| {
-            let request = MountRequest {
-                kind: "tmpfs".into(),
-                source: "tmpfs".into(),
-                target: target.into(),
-                options: Vec::new(),
-            };
-            std::thread::scope(|scope| {
-                let apart = || {
-                    unshare(CloneFlags::CLONE_NEWNS).unwrap();
-                    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-                    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-                    apply_here(&request, base, None).map_err(|e| e.to_string())?;
-                    let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-                    let last = mounts.lines().last().unwrap().split(' ').nth(4).unwrap();
-                    Ok(last.to_owned())
-                };
-                scope.spawn(apart).join().unwrap()
-            })
-        };
-        let at = |path: &str| Ok::<_, String>(base.join(path).to_str().unwrap().to_owned());
-        assert_eq!(mounted(""), Ok(base.to_str().unwrap().to_owned()));
-        assert_eq!(mounted("/a/./b"), at("a/b"));
-        for way_out in ["a/../../outside", "link", "link/b", "a/b/c", ".."] {
-            let refused = mounted(way_out).unwrap_err();
-            assert!(refused.contains("without links"), "{way_out}: {refused}");
-        }
-    }
-
-    #[test]
-    fn layers_become_relative_to_what_they_share() {
-        let data = [
-            "index=off".to_owned(),
-            "lowerdir=/v/s/1/fs:/v/s/22/fs".to_owned(),
-            "upperdir=/v/s/3/fs".to_owned(),
-        ];
-        let (common, data) = relative_layers(&data);
-        assert_eq!(common, Path::new("/v/s"));
-        assert_eq!(
-            data,
-            ["index=off", "lowerdir=1/fs:22/fs", "upperdir=/v/s/3/fs"]
-        );
-    }
-
-    #[test]
-    fn a_missing_source_is_named() {
-        let mut request = request("bind", &["rbind"]);
-        request.source = "/no/such/dir".into();
-        let error = apply_here(&request, Path::new("/tmp"), None)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("/no/such/dir") && error.contains("no such file"),
-            "{error}"
-        );
-    }
-}
+mod tests;
