@@ -5,6 +5,7 @@
 //! `ctr` against it with a time limit, [`events`] what it tells; [`host`] looks at what husk has left on the host; [`spec`] makes OCI specs;
 //! [`task`] asks a shim itself; [`cri`] is a kubelet, [`streams`] what `kubectl exec`, `attach` and `port-forward` do through it.
 
+pub mod busybox;
 pub mod containerd;
 pub mod cri;
 pub mod ctr;

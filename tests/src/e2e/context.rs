@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::Result;
 use husk_tests::{
+    busybox,
     containerd::{Containerd, Sandboxer},
     cri::Cri,
     ctr::{self, Output, Running},
@@ -43,7 +44,7 @@ impl Context {
     /// The root file system could not be made.
     pub fn new(containerd: Containerd, runtime: Runtime, bin: PathBuf) -> Result<Self> {
         let rootfs = containerd.dir().join("rootfs");
-        make_rootfs(&rootfs)?;
+        busybox::lay_out(&rootfs)?;
         Ok(Self {
             containerd,
             runtime,
@@ -235,41 +236,4 @@ pub fn sha256(bytes: &[u8]) -> String {
 /// Bytes as `sha256sum` writes them.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-fn make_rootfs(to: &Path) -> Result<()> {
-    use std::{fs, os::unix::fs::PermissionsExt};
-    for dir in [
-        "bin",
-        "dev",
-        "etc",
-        "proc",
-        "sys",
-        "root",
-        "tmp",
-        "var",
-        "home/user",
-    ] {
-        fs::create_dir_all(to.join(dir))?;
-    }
-    fs::set_permissions(to.join("tmp"), fs::Permissions::from_mode(0o1777))?;
-    fs::copy("/bin/busybox", to.join("bin/busybox"))?;
-    let applets = std::process::Command::new("/bin/busybox")
-        .arg("--list")
-        .output()?;
-    for applet in String::from_utf8_lossy(&applets.stdout)
-        .lines()
-        .filter(|a| *a != "busybox")
-    {
-        std::os::unix::fs::symlink("busybox", to.join("bin").join(applet))?;
-    }
-    fs::write(
-        to.join("etc/passwd"),
-        "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
-    )?;
-    fs::write(
-        to.join("etc/group"),
-        "root:x:0:\nuser:x:1000:\nextra:x:2000:user\n",
-    )?;
-    Ok(())
 }
