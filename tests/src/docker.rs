@@ -176,7 +176,7 @@ impl Docker {
     ///
     /// # Errors
     /// `tar` or `docker import` failed.
-    fn import(&self, tree: &Path, image: &str) -> Result<()> {
+    pub fn import(&self, tree: &Path, image: &str) -> Result<()> {
         let mut packer = Command::new("tar")
             .arg("-C")
             .arg(tree)

@@ -2,6 +2,7 @@
 
 use crate::{Test, husk_test, test};
 
+mod compose;
 mod files;
 mod lifecycle;
 mod limits;
@@ -21,6 +22,7 @@ pub const TESTS: &[Test] = &[
     ),
     test("limits_update_stats_and_pause", limits::limits),
     test("volumes_and_copies", files::volumes),
+    test("compose_with_a_web_server_and_a_database", compose::compose),
     husk_test("the_pages_commands", page::commands),
     husk_test("what_cannot_be_is_told", lifecycle::refused),
 ];

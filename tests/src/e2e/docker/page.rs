@@ -7,12 +7,28 @@ use crate::context::Context;
 
 const PAGE: &str = include_str!("../../../../docs/engines/docker.md");
 
+/// The page's blocks of this kind.
+fn blocks(kind: &str) -> Result<Vec<&'static str>> {
+    PAGE.split(&format!("```{kind}\n"))
+        .skip(1)
+        .map(|rest| Ok(rest.split_once("```").context("the block does not end")?.0))
+        .collect()
+}
+
+/// The first one of this kind.
+///
+/// # Errors
+/// There is none.
+pub fn block(kind: &str) -> Result<&'static str> {
+    let first = blocks(kind)?.into_iter().next();
+    first.with_context(|| format!("no {kind} on the page"))
+}
+
 /// Every line of the page's console blocks after a `$`, in a shell, one after another.
 pub fn commands(suite: &Context) -> Result<()> {
     let docker = suite.docker()?;
     let mut count = 0;
-    for block in PAGE.split("```console\n").skip(1) {
-        let block = block.split_once("```").context("the block does not end")?.0;
+    for block in blocks("console")? {
         for line in block.lines().filter_map(|line| line.strip_prefix("$ ")) {
             ctr::output(docker.program("sh").args(["-ec", line]))?
                 .ok()
