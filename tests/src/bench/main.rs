@@ -19,6 +19,7 @@ use husk_tests::{
     timing,
 };
 
+mod engines;
 mod files;
 mod memory;
 mod pods;
@@ -63,8 +64,9 @@ struct Bench {
 type Measure = fn(&Bench, &mut Table) -> Result<()>;
 
 /// What is measured, in this order.
-const PARTS: [(&str, Measure); 5] = [
+const PARTS: [(&str, Measure); 6] = [
     ("start", start),
+    ("engines", engines::measure),
     ("memory", memory::idle_pod),
     ("sizes", sizes),
     ("files", files::measure),
