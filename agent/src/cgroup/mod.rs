@@ -7,6 +7,7 @@
 pub mod cpu_list;
 mod devices;
 mod files;
+mod owner;
 mod resources;
 
 use std::fs;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use oci_spec::runtime::LinuxResources;
 
 pub(crate) use files::hand_down_controllers;
+pub(crate) use owner::owner;
 
 use crate::container::error::{LaunchError, Step};
 use crate::stats;
@@ -37,10 +39,11 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup of a container, empty and with the spec's limits on.
+    /// Makes the cgroup of a container, empty and with the spec's limits on; `owner` may make others below it.
     pub(crate) fn create(
         id: &str,
         resources: Option<&LinuxResources>,
+        owner: Option<u32>,
     ) -> Result<Self, LaunchError> {
         let root = files::hierarchy_root()
             .step(|| "looking for the cgroup v2 hierarchy in /proc/self/mountinfo".to_owned())?;
@@ -61,15 +64,23 @@ impl Cgroup {
             path,
             device_program: Mutex::new(None),
         };
-        let limited = cgroup.set_up(resources);
-        if limited.is_err() {
+        let set_up = cgroup.set_up(resources, owner);
+        if set_up.is_err() {
             // Nothing has entered it yet.
             let _ = fs::remove_dir(&cgroup.path);
         }
-        limited.map(|()| cgroup)
+        set_up.map(|()| cgroup)
     }
 
-    fn set_up(&self, resources: Option<&LinuxResources>) -> Result<(), LaunchError> {
+    fn set_up(
+        &self,
+        resources: Option<&LinuxResources>,
+        owner: Option<u32>,
+    ) -> Result<(), LaunchError> {
+        if let Some(owner) = owner {
+            owner::hand_over(&self.path, owner)
+                .step(|| format!("handing cgroup {} to user {owner}", self.path.display()))?;
+        }
         if let Some(resources) = resources {
             resources::apply(&self.path, resources)?;
         }

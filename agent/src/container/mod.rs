@@ -21,7 +21,7 @@ mod identity;
 mod init;
 mod job;
 mod launch;
-mod mount_options;
+pub(crate) mod mount_options;
 mod mounts;
 mod namespaces;
 mod passwd;
@@ -50,7 +50,7 @@ pub(crate) use rootfs::open_null;
 use self::error::Step;
 use self::job::{CreateJob, ExecJob, HooksJob, Job};
 use self::spec::ParsedSpec;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 
 /// The child's ends of a process's standard streams.
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl Container {
         spec::check_id(id)?;
         let spec = ParsedSpec::parse(spec_json)?;
         let resources = spec.linux().and_then(|linux| linux.resources().as_ref());
-        let cgroup = Cgroup::create(id, resources)?;
+        let cgroup = Cgroup::create(id, resources, cgroup::owner(&spec.spec))?;
         match Self::launch_init(id, &spec, &cgroup, io, joined).await {
             Ok((init, launched)) => {
                 let state = Arc::new(State {

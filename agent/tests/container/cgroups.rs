@@ -37,6 +37,42 @@ async fn cgroups_of_the_containers_own() {
     destroy(container, pid).await;
 }
 
+/// As the guest's root may: make cgroups below its own, move into one, and hand controllers down.
+#[tokio::test]
+async fn who_runs_in_a_cgroup_may_divide_it() {
+    let script = "cd /sys/fs/cgroup && mkdir inner && echo $$ > inner/cgroup.procs && \
+                  echo > cgroup.subtree_control && echo divided; echo 7 > cgroup.max.depth || echo denied; sleep 1000";
+    let mount = |options: serde_json::Value| json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options});
+    let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    let mapped = |options| {
+        let bundle = Bundle::sh(script)
+            .with_namespace(json!({"type": "user"}))
+            .with("/linux/uidMappings", mappings.clone())
+            .with("/linux/gidMappings", mappings.clone())
+            .with_mount(mount(options));
+        std::os::unix::fs::chown(bundle.root(), Some(100_000), Some(100_000)).unwrap();
+        bundle
+    };
+    let of_a_user = Bundle::sh(script)
+        .with("/process/user", json!({"uid": 33, "gid": 34}))
+        .with_mount(mount(json!(["rw"])));
+    for bundle in [mapped(json!(["nosuid", "rw"])), of_a_user] {
+        let (container, pid, mut streams) = bundle.create().await.unwrap().start().await;
+        assert_eq!(
+            (streams.line(), streams.line()),
+            ("divided".into(), "denied".into())
+        );
+        assert!(container.cgroup().path().join("inner").exists());
+        assert_eq!(exec_sh(&container, "echo in").await.stdout, "in\n");
+        destroy(container, pid).await;
+    }
+    let (container, pid, mut streams) = mapped(json!(["ro"])).create().await.unwrap().start().await;
+    assert_eq!(streams.line(), "denied");
+    let owner = std::fs::metadata(container.cgroup().path()).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&owner), 0);
+    destroy(container, pid).await;
+}
+
 #[tokio::test]
 async fn deleting_kills_what_is_left() {
     let bundle = Bundle::sh("sleep 1000 & echo up").without_namespace("pid");
