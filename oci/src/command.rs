@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::{
     Parser as _,
     error::{ContextKind, ErrorKind},
@@ -11,7 +11,7 @@ use rustix::process::geteuid;
 
 use crate::{
     args::{Args, Command, LogFormat},
-    create, delete,
+    create, delete, descriptors,
     exec::{self, NotRun},
     list, log, proxy,
     store::Store,
@@ -50,6 +50,7 @@ fn run(args: &Args) -> Result<u8> {
             geteuid().as_raw()
         );
     }
+    descriptors::keep_from_programs().context("keeping descriptors to ourselves")?;
     let store = Store::open(&args.root)?;
     match &args.command {
         Command::Create(create) => create::create(args, create)?,

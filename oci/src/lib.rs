@@ -8,6 +8,7 @@ pub mod args;
 pub mod command;
 mod create;
 mod delete;
+mod descriptors;
 mod exec;
 mod hooks;
 mod id;
