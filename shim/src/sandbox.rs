@@ -310,7 +310,7 @@ impl Sandbox {
         if network.waits(&found) {
             let phase = self.phase.watch();
             let streams = self.streams.clone();
-            let loopback = match network::fills_new_namespace(&self.namespace) {
+            let loopback = match network::has_resolver(&self.namespace) {
                 true => Loopback::Resolver(streams),
                 false => Loopback::Forwards(streams),
             };
@@ -356,13 +356,14 @@ impl Sandbox {
         let of_task = format!("/proc/{vmm}/ns/net");
         let vhost = self.config.vhost_net;
         let fills_any = network::fills_new_namespace(&self.namespace);
+        let has_resolver = network::has_resolver(&self.namespace);
         let read = tokio::task::spawn_blocking(move || {
             let pod = source.load().map_err(|e| VmError::Other(chain(&e)))?;
             // containerd 1.7 fills that of a pod with users of its own: it has the runtime make it, for them to own it.
             let is_filled = fills_any || pod.users.is_some();
             let of_task = is_filled.then(|| Path::new(&of_task));
             let network = Network::of_pod(&pod, &id, of_task)?;
-            let network = network.with_vhost(vhost).with_resolver(fills_any);
+            let network = network.with_vhost(vhost).with_resolver(has_resolver);
             Ok((pod, Arc::new(network)))
         });
         read.await

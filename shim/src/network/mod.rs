@@ -304,8 +304,13 @@ impl Network {
 }
 
 /// Whether this is an engine that asks for a new network namespace and then, between Create and Start, configures that of the
-/// task's pid: Docker 26 and later (moby, daemon/start_linux.go), known by the name that it has at containerd.
+/// task's pid: Docker 26 and later (moby, daemon/start_linux.go), and buildah, for which husk-oci calls; by the name that each has here.
 pub fn fills_new_namespace(containerd_namespace: &str) -> bool {
+    has_resolver(containerd_namespace) || containerd_namespace.starts_with("oci-")
+}
+
+/// Whether it has a resolver in that namespace, and may put several interfaces there: Docker.
+pub fn has_resolver(containerd_namespace: &str) -> bool {
     containerd_namespace == "moby"
 }
 

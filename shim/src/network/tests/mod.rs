@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::{
-    LIMIT, Network, NetworkError, fills_new_namespace,
+    LIMIT, Network, NetworkError, fills_new_namespace, has_resolver,
     model::{self, Address, Found, NextHop, Route},
     namespace::Namespace,
     routes,
@@ -225,10 +225,12 @@ async fn a_namespace_with_nothing_in_it_may_be_filled_later() {
     assert_eq!(network.nics(&found, 1).len(), 0);
 }
 
-/// Docker: the spec asks for a new one, and the daemon goes to that of the task's pid.
+/// Docker and buildah: the spec asks for a new one, and the engine goes to that of the task's pid.
 #[tokio::test]
 async fn a_new_namespace_that_the_engine_fills_is_the_tasks() {
-    assert!(fills_new_namespace("moby") && !fills_new_namespace("k8s.io"));
+    let fills = ["moby", "oci-0123456789ab", "k8s.io"].map(fills_new_namespace);
+    assert_eq!(fills, [true, true, false]);
+    assert!(has_resolver("moby") && !has_resolver("oci-0123456789ab"));
     let task = Netns::new();
     let new = spec(json!({"namespaces": [{"type": "network"}]}));
     let network = Network::of_pod(&new, "pod", Some(task.path())).unwrap();
