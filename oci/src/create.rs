@@ -24,6 +24,7 @@ use crate::{
     args::{self, Args, CgroupManager, LogLevel},
     hooks::Hook,
     list,
+    pod::Place,
     process::ProcessId,
     proxy,
     spec::Spec,
@@ -41,8 +42,9 @@ pub(crate) fn create(all: &Args, args: &args::Create) -> Result<()> {
         bail!("use --console-socket with create when a terminal is used");
     }
     let store = Store::open(&all.root)?;
+    let place = Place::of(&spec, &store)?;
     let container = store.create(&args.id)?;
-    let created = create_in(all, args, &spec, &container);
+    let created = create_in(all, args, &spec, &place, &container);
     if created.is_err() {
         container.shim().delete();
         container.remove()?;
@@ -58,11 +60,17 @@ pub(crate) fn no_descriptors(count: u32) -> Result<()> {
     Ok(())
 }
 
-fn create_in(all: &Args, args: &args::Create, spec: &Spec, container: &Container) -> Result<()> {
+fn create_in(
+    all: &Args,
+    args: &args::Create,
+    spec: &Spec,
+    place: &Place,
+    container: &Container,
+) -> Result<()> {
     let _lock = container.lock()?;
     let hooks = spec.hooks()?;
     let no_cgroup = all.cgroup_manager == Some(CgroupManager::Disabled);
-    let made = serde_json::to_vec(&spec.for_shim(no_cgroup)?)?;
+    let made = serde_json::to_vec(&spec.for_shim(&container.id, place, no_cgroup)?)?;
     write_whole(&container.dir.join("config.json"), &made)?;
     if all.debug || all.log_level == LogLevel::Debug {
         // The shim writes to it if it is there.
@@ -77,7 +85,7 @@ fn create_in(all: &Args, args: &args::Create, spec: &Spec, container: &Container
     let terminal = spec.terminal();
     let pipes = make_pipes(&container.pipes(), terminal)?;
     let address = container.shim().start()?;
-    let shim_pid = task::run(async {
+    let (shim_pid, task_pid) = task::run(async {
         let client = shim::connect(&address).await?;
         let [stdin, stdout, stderr] = pipes.names();
         let request = CreateTaskRequest {
@@ -89,8 +97,8 @@ fn create_in(all: &Args, args: &args::Create, spec: &Spec, container: &Container
             stderr,
             ..CreateTaskRequest::default()
         };
-        said(client.create(soon(), &request).await)?;
-        shim_pid(&client).await
+        let created = said(client.create(soon(), &request).await)?;
+        Ok((shim_pid(&client).await?, created.pid))
     })?;
     let console_socket = args.console_socket.clone().filter(|_| terminal);
     let mut child = proxy::spawn(
@@ -100,7 +108,11 @@ fn create_in(all: &Args, args: &args::Create, spec: &Spec, container: &Container
             address: address.clone(),
             pipes: container.pipes(),
             console_socket,
-            network: spec.namespace("network").map(Path::to_owned),
+            network: match spec.has_new_network() {
+                // Made by the shim, for the engine to find by the proxy's pid.
+                true => Some(format!("/proc/{task_pid}/ns/net").into()),
+                false => spec.namespace("network").map(Path::to_owned),
+            },
             id: container.id.clone(),
         },
     )?;
@@ -115,6 +127,7 @@ fn create_in(all: &Args, args: &args::Create, spec: &Spec, container: &Container
             proxy,
             annotations: spec.annotations(),
             hooks,
+            is_infra: *place == Place::Infra,
         };
         container.set_record(&record)?;
         let state = list::state_of(container, &record, Status::Created);

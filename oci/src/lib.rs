@@ -14,6 +14,7 @@ mod hooks;
 mod id;
 mod list;
 mod log;
+mod pod;
 mod process;
 mod proxy;
 mod spec;

@@ -4,14 +4,18 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::Read as _,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::statfs;
 use serde_json::{Value, json};
 
-use crate::hooks::Hooks;
+use crate::{hooks::Hooks, id::Id, pod::Place};
+
+/// The annotations by which CRI-O, and podman after it, name a pod's sandbox and what a container is in the pod.
+const SANDBOX: &str = "io.kubernetes.cri-o.SandboxID";
+const KIND: &str = "io.kubernetes.cri-o.ContainerType";
 
 /// The most bytes of a spec. Podman's have some 20,000.
 const MOST: u64 = 16 << 20;
@@ -54,6 +58,15 @@ impl Spec {
         Ok(Self { bundle, value })
     }
 
+    /// One of a test.
+    #[cfg(test)]
+    pub(crate) fn example(value: Value) -> Self {
+        Self {
+            bundle: "/b".into(),
+            value,
+        }
+    }
+
     /// The engine's bundle, absolute.
     pub(crate) fn bundle(&self) -> &Path {
         &self.bundle
@@ -78,6 +91,31 @@ impl Spec {
             .collect()
     }
 
+    /// The sandbox of its pod: for podman, its infra container's id, or the pod's own where it has none.
+    pub(crate) fn sandbox(&self) -> Option<&str> {
+        let id = self.value["annotations"][SANDBOX].as_str();
+        id.filter(|id| !id.is_empty())
+    }
+
+    /// Whether its engine says what it is in its pod: CRI-O does.
+    pub(crate) fn says_its_place(&self) -> bool {
+        self.value["annotations"][KIND]
+            .as_str()
+            .is_some_and(|kind| !kind.is_empty())
+    }
+
+    /// Its cgroup, as a path or in systemd's notation.
+    pub(crate) fn cgroups_path(&self) -> Option<&str> {
+        self.value["linux"]["cgroupsPath"].as_str()
+    }
+
+    /// Whether it wants a network of its own, which its engine may fill once the container is there.
+    pub(crate) fn has_new_network(&self) -> bool {
+        let list = self.value["linux"]["namespaces"].as_array();
+        let has = list.is_some_and(|list| list.iter().any(|ns| ns["type"] == "network"));
+        has && self.namespace("network").is_none()
+    }
+
     /// The namespace that it joins, of this type.
     pub(crate) fn namespace(&self, kind: &str) -> Option<&Path> {
         let list = self.value["linux"]["namespaces"].as_array()?;
@@ -96,19 +134,26 @@ impl Spec {
         self.value["process"].clone()
     }
 
-    /// As the shim reads it in another directory.
-    pub(crate) fn for_shim(&self, no_cgroup: bool) -> Result<Value> {
+    /// As the shim reads it in another directory, for a container of this id in this place.
+    pub(crate) fn for_shim(&self, id: &Id, place: &Place, no_cgroup: bool) -> Result<Value> {
         let mut spec = self.value.clone();
         let Some(root) = spec["root"]["path"].as_str() else {
             bail!("config.json of {} has no root.path", self.bundle.display());
         };
         spec["root"]["path"] = json!(self.bundle.join(root));
+        let pod = match place {
+            Place::Alone => None,
+            Place::Infra => Some(id.as_str()),
+            Place::Member { infra, .. } => Some(infra.as_str()),
+            Place::Said { .. } => self.sandbox(),
+        };
         for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
             absolute(mount, &self.bundle);
-            if let Some(size) = shm_size(mount) {
+            if let Some(size) = shm_size(mount, pod) {
                 own_shm(mount, size);
             }
         }
+        be_in(&mut spec, place, pod);
         if let Some(hooks) = spec["hooks"].as_object_mut() {
             // The others are run here.
             hooks.retain(|kind, _| kind == "startContainer");
@@ -135,11 +180,47 @@ fn absolute(mount: &mut Value, bundle: &Path) {
     }
 }
 
-/// Bytes of the tmpfs that podman has made on this host for the container's `/dev/shm`, if this is its mount.
-fn shm_size(mount: &Value) -> Option<u64> {
+/// Tells the shim which pod it is of, as CRI-O does.
+fn be_in(spec: &mut Value, place: &Place, pod: Option<&str>) {
+    let kind = match place {
+        Place::Alone => None,
+        Place::Infra => Some("sandbox"),
+        Place::Member { .. } => Some("container"),
+        Place::Said { .. } => spec["annotations"][KIND].as_str(),
+    };
+    let kind = kind.map(str::to_owned);
+    if !spec["annotations"].is_object() {
+        spec["annotations"] = json!({});
+    }
+    if let Some(annotations) = spec["annotations"].as_object_mut() {
+        for (key, value) in [(SANDBOX, pod), (KIND, kind.as_deref())] {
+            annotations.remove(key);
+            annotations.extend(value.map(|value| (key.to_owned(), json!(value))));
+        }
+    }
+    if let Some(pid) = place.processes() {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut();
+        let found = namespaces
+            .into_iter()
+            .flatten()
+            .find(|ns| ns["type"] == "pid");
+        if let Some(namespace) = found {
+            // The shim knows the containers by pids of its own.
+            namespace["path"] = json!(format!("/proc/{pid}/ns/pid"));
+        }
+    }
+}
+
+/// Bytes of the tmpfs that podman has made on this host for the container's `/dev/shm`, if this is its mount. That of a pod is the shim's to
+/// replace.
+fn shm_size(mount: &Value, pod: Option<&str>) -> Option<u64> {
     let source = Path::new(mount["source"].as_str()?);
     // …/overlay-containers/ID/userdata/shm
     if !is_bind(mount) || mount["destination"] != "/dev/shm" || !source.ends_with("userdata/shm") {
+        return None;
+    }
+    let mut names = source.components().map(Component::as_os_str);
+    if pod.is_some_and(|pod| names.any(|name| name == pod)) {
         return None;
     }
     let stat = statfs(source).ok()?;
@@ -164,10 +245,11 @@ mod tests {
     use super::*;
 
     fn spec(value: Value) -> Spec {
-        Spec {
-            bundle: "/b".into(),
-            value,
-        }
+        Spec::example(value)
+    }
+
+    fn made(spec: &Spec, place: &Place) -> Value {
+        spec.for_shim(&"me".parse().unwrap(), place, false).unwrap()
     }
 
     #[test]
@@ -182,7 +264,7 @@ mod tests {
                 {"destination": "/d", "type": "tmpfs", "source": "tmpfs"},
             ],
         }));
-        let made = spec.for_shim(false).unwrap();
+        let made = made(&spec, &Place::Alone);
         assert_eq!(made["root"]["path"], "/b/rootfs");
         let sources: Vec<_> = (0..4)
             .map(|n| made["mounts"][n]["source"].clone())
@@ -190,7 +272,9 @@ mod tests {
         assert_eq!(sources, ["/b/a", "/b/b", "/c", "tmpfs"]);
         assert_eq!(made["linux"]["cgroupsPath"], "/c");
         assert_eq!(
-            spec.for_shim(true).unwrap()["linux"].get("cgroupsPath"),
+            spec.for_shim(&"me".parse().unwrap(), &Place::Alone, true)
+                .unwrap()["linux"]
+                .get("cgroupsPath"),
             None
         );
         assert_eq!(spec.namespace("network"), Some(Path::new("/run/netns/n")));
@@ -205,8 +289,46 @@ mod tests {
     }
 
     #[test]
+    fn the_shim_is_told_of_the_pod() {
+        let namespaces = json!([{"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "network"}]);
+        let spec = spec(json!({
+            "root": {"path": "/r"}, "annotations": {SANDBOX: "pod", "a": "b"}, "linux": {"namespaces": namespaces},
+        }));
+        assert!(spec.has_new_network() && spec.sandbox() == Some("pod"));
+        let alone = made(&spec, &Place::Alone);
+        assert_eq!(alone["annotations"], json!({"a": "b"}));
+        let infra = made(&spec, &Place::Infra);
+        assert_eq!(
+            infra["annotations"],
+            json!({"a": "b", SANDBOX: "me", KIND: "sandbox"})
+        );
+        assert_eq!(infra["linux"]["namespaces"], namespaces);
+        let member = Place::Member {
+            infra: "pod".parse().unwrap(),
+            processes: Some(9),
+        };
+        let member = made(&spec, &member);
+        assert_eq!(
+            member["annotations"],
+            json!({"a": "b", SANDBOX: "pod", KIND: "container"})
+        );
+        assert_eq!(member["linux"]["namespaces"][0]["path"], "/proc/9/ns/pid");
+        let said = json!({SANDBOX: "pod", KIND: "container"});
+        let spec = Spec::example(json!({"root": {"path": "/r"}, "annotations": said}));
+        assert!(spec.says_its_place());
+        assert_eq!(
+            made(&spec, &Place::Said { processes: None })["annotations"],
+            said
+        );
+    }
+
+    #[test]
     fn a_spec_without_a_root_is_refused() {
-        let error = spec(json!({})).for_shim(false).unwrap_err().to_string();
+        let id = "me".parse().unwrap();
+        let error = spec(json!({}))
+            .for_shim(&id, &Place::Alone, false)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("root.path"), "{error}");
     }
 
@@ -214,7 +336,8 @@ mod tests {
     fn podmans_shared_memory_becomes_the_guests() {
         // A tmpfs of every Linux, by a name like podman's.
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let userdata = dir.path().join("userdata");
+        let pod = "pod1";
+        let userdata = dir.path().join(pod).join("userdata");
         fs::create_dir_all(userdata.join("shm")).unwrap();
         let mount = |source: &Path, destination: &str| json!({"destination": destination, "type": "bind", "source": source, "options": ["bind"]});
         let mounts = [
@@ -222,9 +345,16 @@ mod tests {
             mount(&userdata, "/dev/shm"),
             mount(&userdata.join("shm"), "/data"),
         ];
-        let made = spec(json!({"root": {"path": "/r"}, "mounts": mounts}))
-            .for_shim(false)
-            .unwrap();
+        let spec = spec(json!({"root": {"path": "/r"}, "mounts": mounts}));
+        let pods = made(
+            &spec,
+            &Place::Member {
+                infra: pod.parse().unwrap(),
+                processes: None,
+            },
+        );
+        assert_eq!(pods["mounts"][0], mounts[0]);
+        let made = made(&spec, &Place::Infra);
         assert_eq!(made["mounts"][0]["type"], "tmpfs");
         let size = statfs("/dev/shm").unwrap();
         let size = format!(
@@ -271,7 +401,10 @@ mod tests {
             let _ = parse(text.as_bytes());
             for value in [json!({"root": text, "mounts": [text], "linux": kind}), json!({"root": {"path": text}, "mounts": {"a": kind}, "linux": {"namespaces": [kind, {"type": kind, "path": text}]}, "annotations": {"a": 1, "b": text}})] {
                 let spec = spec(value);
-                let _ = (spec.for_shim(true), spec.namespace(&kind), spec.annotations(), spec.terminal(), spec.oci_version());
+                for place in [Place::Infra, Place::Member { infra: "i".parse().unwrap(), processes: Some(1) }] {
+                    let _ = spec.for_shim(&"me".parse().unwrap(), &place, true);
+                }
+                let _ = (spec.sandbox(), spec.cgroups_path(), spec.has_new_network(), spec.namespace(&kind), spec.annotations(), spec.terminal(), spec.oci_version());
             }
         }
     }

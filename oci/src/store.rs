@@ -54,6 +54,24 @@ pub(crate) struct Record {
     pub(crate) annotations: BTreeMap<String, String>,
     /// What is to be run on the host.
     pub(crate) hooks: Hooks,
+    /// Whether it has opened the VM of a pod, for others to join.
+    pub(crate) is_infra: bool,
+}
+
+#[cfg(test)]
+impl Record {
+    pub(crate) fn example() -> Self {
+        Self {
+            oci_version: "1.2.0".into(),
+            bundle: "/b".into(),
+            created: "now".into(),
+            address: "unix:///s".into(),
+            proxy: ProcessId::of(std::process::id()).unwrap(),
+            annotations: BTreeMap::new(),
+            hooks: Hooks::default(),
+            is_infra: false,
+        }
+    }
 }
 
 impl Store {
@@ -212,18 +230,6 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn record() -> Record {
-        Record {
-            oci_version: "1.2.0".into(),
-            bundle: "/b".into(),
-            created: "now".into(),
-            address: "unix:///s".into(),
-            proxy: ProcessId::of(std::process::id()).unwrap(),
-            annotations: BTreeMap::new(),
-            hooks: Hooks::default(),
-        }
-    }
-
     #[test]
     fn an_id_is_taken_once() {
         let dir = tempfile::tempdir().unwrap();
@@ -241,7 +247,7 @@ mod tests {
         let half = container.record().unwrap_err().to_string();
         assert!(half.contains("delete --force"), "{half}");
         assert!(store.all().unwrap().is_empty());
-        container.set_record(&record()).unwrap();
+        container.set_record(&Record::example()).unwrap();
         assert_eq!(store.all().unwrap().len(), 1);
         assert_eq!(container.record().unwrap().address, "unix:///s");
         container.remove().unwrap();

@@ -67,13 +67,22 @@ impl<'a> Task<'a> {
         Some(Self { container, client })
     }
 
-    /// The shim's word for how the container is.
-    pub(crate) async fn status(&self) -> Result<Status> {
-        let request = StateRequest {
+    fn state_request(&self) -> StateRequest {
+        StateRequest {
             id: self.container.id.to_string(),
             ..StateRequest::default()
-        };
-        let answer = match self.client.state(soon(), &request).await {
+        }
+    }
+
+    /// The pid that the shim knows the container by.
+    pub(crate) async fn pid(&self) -> Result<u32> {
+        let answer = self.client.state(soon(), &self.state_request()).await;
+        Ok(said(answer)?.pid)
+    }
+
+    /// The shim's word for how the container is.
+    pub(crate) async fn status(&self) -> Result<Status> {
+        let answer = match self.client.state(soon(), &self.state_request()).await {
             Ok(answer) => answer,
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {
                 return Ok(Status::Stopped);
