@@ -22,6 +22,7 @@ use serde_json::Value;
 
 use crate::{
     args::{self, Args, CgroupManager, LogLevel},
+    conmon,
     hooks::Hook,
     list,
     pod::Place,
@@ -82,6 +83,7 @@ fn create_in(
             .open(log);
         log.context("making the shim's log")?;
     }
+    conmon::lead_word_of_oom(&container.dir, spec.bundle());
     let terminal = spec.terminal();
     let pipes = make_pipes(&container.pipes(), terminal)?;
     let address = container.shim().start()?;

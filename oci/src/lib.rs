@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod command;
+mod conmon;
 mod create;
 mod delete;
 mod descriptors;
