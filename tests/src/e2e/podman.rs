@@ -1,6 +1,8 @@
 //! podman, with husk-oci as its runtime, or with crun (`HUSK_TEST_RUNTIME=crun`) as control.
 
+mod buildah;
 mod by_hand;
+mod pods;
 
 use std::{
     fs,
@@ -27,10 +29,15 @@ use crate::{
 pub const TESTS: &[Test] = &[
     test("exit_codes_and_streams", exit_codes_and_streams).needs(PODMAN),
     test("a_container_lives_and_lives_again", lives_again).needs(PODMAN),
+    test("one_that_is_killed_for_memory", killed_for_memory).needs(PODMAN),
     test("terminals", terminals).needs(PODMAN),
     test("a_network_and_a_volume", network_and_volume).needs(PODMAN),
     husk_test("the_pages_commands", the_pages_commands).needs(PODMAN),
-    husk_test("a_pod_is_one_vm", pod).needs(PODMAN),
+    test("a_build", buildah::build).needs(BUILDAH),
+    test("a_pod", pods::pod).needs(PODMAN),
+    test("a_pod_of_kube_play", pods::kube).needs(PODMAN),
+    test("a_unit_of_quadlet", pods::quadlet).needs(PODMAN),
+    husk_test("a_pod_that_shares_some_is_refused", pods::refused).needs(PODMAN),
     husk_test("errors_are_those_of_crun", by_hand::errors).needs(CRUN),
     husk_test("hooks_are_run_on_the_host", by_hand::hooks).needs(CRUN),
     husk_test(
@@ -41,6 +48,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 const PODMAN: &str = "/usr/bin/podman";
+const BUILDAH: &str = "/usr/bin/buildah";
 const CRUN: &str = "/usr/bin/crun";
 const IMAGE: &str = "localhost/busybox:e2e";
 
@@ -222,6 +230,19 @@ fn lives_again(suite: &Context) -> Result<()> {
     Ok(())
 }
 
+fn killed_for_memory(suite: &Context) -> Result<()> {
+    let podman = Podman::new(suite)?;
+    let limits = ["--memory", "64m", "--memory-swap", "64m"];
+    let head = ["run", "--name", "hungry", "--network", "none"];
+    let command = [IMAGE, "tail", "/dev/zero"];
+    podman
+        .run(&[&head[..], &limits, &command].concat())?
+        .exited(137)?;
+    ensure!(podman.inspect("hungry", "{{.State.OOMKilled}}")? == "true");
+    podman.run(&["rm", "hungry"])?.ok()?;
+    Ok(())
+}
+
 fn terminals(suite: &Context) -> Result<()> {
     let podman = Podman::new(suite)?;
     let mut command = podman.command(&[
@@ -268,18 +289,25 @@ fn network_and_volume(suite: &Context) -> Result<()> {
     Ok(())
 }
 
-/// Those of docs/engines/podman.md, one after another.
+/// Those of the pages in docs/engines, one after another.
 fn the_pages_commands(suite: &Context) -> Result<()> {
-    const PAGE: &str = include_str!("../../../docs/engines/podman.md");
+    const PAGES: [(&str, usize); 2] = [
+        (include_str!("../../../docs/engines/podman.md"), PODMANS),
+        (include_str!("../../../docs/engines/buildah.md"), 6),
+    ];
+    const PODMANS: usize = 16;
     const CONF: &str = include_str!("../../../deploy/podman.conf");
     let podman = Podman::new(suite)?;
     // As `make install` leaves it, and a checkout.
     let installed = Path::new("/usr/local/bin/husk-oci");
     let _ = fs::remove_file(installed);
     std::os::unix::fs::symlink(suite.bin.join("husk-oci"), installed)?;
-    let checkout = podman.dir.join("checkout");
+    let checkout =
+        buildah::containerfile(&podman, "checkout", "FROM IMAGE\nRUN uname -r >/kernel\n")?;
     fs::create_dir_all(checkout.join("deploy"))?;
     fs::write(checkout.join("deploy/podman.conf"), CONF)?;
+    let pod = pods::yaml(&checkout);
+    fs::write(checkout.join("pod.yaml"), pod)?;
     // The testbed has no systemd, and the image is in the suite's storage.
     let [settings, storage] = ["settings.conf", "storage.conf"].map(|name| podman.dir.join(name));
     fs::write(
@@ -294,53 +322,28 @@ fn the_pages_commands(suite: &Context) -> Result<()> {
             graph.display()
         ),
     )?;
-    let mut is_command = false;
-    let mut run = 0;
-    for line in PAGE.lines() {
-        if line.starts_with("```") {
-            is_command = line == "```sh";
-            continue;
+    for (page, count) in PAGES {
+        let mut is_command = false;
+        let mut run = 0;
+        for line in page.lines() {
+            if line.starts_with("```") {
+                is_command = line == "```sh";
+                continue;
+            }
+            if !is_command {
+                continue;
+            }
+            let mut command = Command::new("sh");
+            command
+                .args(["-c", &line.replace("IMAGE", IMAGE)])
+                .current_dir(&checkout)
+                .env("CONTAINERS_CONF_OVERRIDE", &settings)
+                .env("CONTAINERS_STORAGE_CONF", &storage);
+            ctr::output(&mut command)?.ok()?;
+            run += 1;
         }
-        if !is_command {
-            continue;
-        }
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", &line.replace("IMAGE", IMAGE)])
-            .current_dir(&checkout)
-            .env("CONTAINERS_CONF_OVERRIDE", &settings)
-            .env("CONTAINERS_STORAGE_CONF", &storage);
-        ctr::output(&mut command)?.ok()?;
-        run += 1;
+        ensure!(run == count, "{run} commands were run");
     }
-    ensure!(run == 7, "{run} commands were run");
-    Ok(())
-}
-
-fn pod(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
-    let create = [
-        "pod",
-        "create",
-        "--name",
-        "pod",
-        "--network",
-        "none",
-        "--infra-image",
-        IMAGE,
-        "--infra-command",
-        "/bin/sleep 1000",
-    ];
-    podman.run(&create)?.ok()?;
-    let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
-    let member = |head: &[&str]| {
-        let said = podman.run(&[head, &["--pod", "pod", IMAGE], &boot].concat());
-        said?.ok().map(|said| said.text())
-    };
-    let seen = member(&["run", "--rm"]).and_then(|one| Ok((one, member(&["run", "--rm"])?)));
-    podman.run(&["pod", "rm", "-f", "-t", "0", "pod"])?.ok()?;
-    let (one, other) = seen?;
-    ensure!(!one.is_empty() && one == other, "{one}, {other}");
     Ok(())
 }
 
