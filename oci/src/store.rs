@@ -55,6 +55,7 @@ pub(crate) struct Record {
     /// What is to be run on the host.
     pub(crate) hooks: Hooks,
     /// Whether it has opened the VM of a pod, for others to join.
+    #[serde(default)]
     pub(crate) is_infra: bool,
 }
 
