@@ -2,6 +2,7 @@
 
 use crate::{Test, husk_test, test};
 
+mod build;
 mod compose;
 mod files;
 mod lifecycle;
@@ -23,6 +24,7 @@ pub const TESTS: &[Test] = &[
     test("limits_update_stats_and_pause", limits::limits),
     test("volumes_and_copies", files::volumes),
     test("compose_with_a_web_server_and_a_database", compose::compose),
+    test("the_classic_builder", build::classic),
     husk_test("the_pages_commands", page::commands),
     husk_test("what_cannot_be_is_told", lifecycle::refused),
 ];
