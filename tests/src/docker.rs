@@ -197,7 +197,8 @@ impl Docker {
     }
 }
 
-/// As docs/engines/docker.md has it, and with two that cannot be used: settings that are not there, and settings with a key that is none.
+/// As docs/engines/docker.md has it, one with an option that means nothing, and two that cannot be used: settings that are not there, and
+/// settings with a key that is none.
 fn settings(runtime: Runtime, dir: &Path) -> Value {
     let kind = runtime.containerd_type();
     match runtime {
@@ -205,6 +206,7 @@ fn settings(runtime: Runtime, dir: &Path) -> Value {
             "runtimes": {
                 "husk": { "runtimeType": kind },
                 "husk-missing": { "runtimeType": kind, "options": { "ConfigPath": dir.join("missing.toml") } },
+                "husk-odd": { "runtimeType": kind, "options": { "NoSuchOption": true } },
                 "husk-wrong": { "runtimeType": kind, "options": { "ConfigPath": dir.join("wrong.toml") } },
             },
             "default-runtime": "husk",

@@ -5,6 +5,7 @@ use crate::{Test, husk_test, test};
 mod build;
 mod compose;
 mod files;
+mod flags;
 mod lifecycle;
 mod limits;
 mod network;
@@ -25,6 +26,12 @@ pub const TESTS: &[Test] = &[
     test("volumes_and_copies", files::volumes),
     test("compose_with_a_web_server_and_a_database", compose::compose),
     test("the_classic_builder", build::classic),
+    test("init_udp_and_devices", flags::init_udp_and_devices),
+    husk_test(
+        "what_is_the_hosts_with_runc_is_the_guests",
+        flags::privileged,
+    ),
+    test("what_docker_refuses_itself", flags::dockers_own),
     husk_test("the_pages_commands", page::commands),
     husk_test("what_cannot_be_is_told", lifecycle::refused),
 ];

@@ -20,7 +20,7 @@ const SLEEP: [&str; 3] = [BUSYBOX, "sleep", "1000000"];
 const SERVER: &str = "while :; do echo here | nc -l -p 80; done";
 
 /// The host's port for a port of a container's.
-fn published(container: &Container<'_>, port: &str) -> Result<u16> {
+pub fn published(container: &Container<'_>, port: &str) -> Result<u16> {
     let format = format!("{{{{(index (index .NetworkSettings.Ports \"{port}\") 0).HostPort}}}}");
     Ok(container.inspect(&format)?.parse()?)
 }
