@@ -9,11 +9,13 @@
 //! - At a process's end its output has to be out before anyone hears of it, yet a child that it left
 //!   behind may hold the pipe for ever. So the copier is told of the end, empties the pipe once ([`Outputs::settle`]),
 //!   and goes on until the real end of the stream.
+//! - A terminal hangs up whenever nobody has it open, or somebody says so (vhangup(2)); systemd, as a container's first process, does both to its
+//!   console. While the process lives that is not the end: the terminal's other end is opened again, and held.
 
 use std::cell::RefCell;
 use std::future::{pending, ready};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -24,7 +26,7 @@ use tokio::io::Interest;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use crate::polled::Polled;
+use crate::polled::{Polled, polled};
 use crate::terminal;
 
 /// Bytes per write: with the kernel's headers a packet of this size fits an allocation of 32 KiB, the largest that the
@@ -143,6 +145,10 @@ impl Watch {
         }
     }
 
+    fn is_alive(&self) -> bool {
+        matches!(self, Self::Alive { .. })
+    }
+
     fn is_settling(&self) -> bool {
         matches!(self, Self::Settling { .. })
     }
@@ -226,6 +232,10 @@ pub(crate) async fn write_all(
         rest = rest.get(sent..).unwrap_or_default();
         match stop {
             Stop::Done => {}
+            // A terminal that has hung up once stays ready to be written to.
+            Stop::Full if ready.ready().is_write_closed() => {
+                tokio::time::sleep(NO_MEMORY_PAUSE).await;
+            }
             Stop::Full => ready.clear_ready(),
             // Nothing tells when memory is there again.
             Stop::NoMemory => tokio::time::sleep(NO_MEMORY_PAUSE).await,
@@ -284,14 +294,14 @@ fn take(from: &Polled, to: &mut Option<Polled>, mut progress: impl FnMut(usize))
             Taken::Some(n, data.get(sent..).unwrap_or_default().to_vec())
         }
         Err(Errno::EAGAIN) => Taken::Nothing,
-        // The master of a terminal says EIO when its last slave is closed.
+        // The master of a terminal says EIO when it has hung up.
         Err(_) => Taken::End,
     })
 }
 
 /// Copies one output stream to its end.
 async fn carry_out(
-    source: Polled,
+    mut source: Polled,
     mut sink: Option<Polled>,
     written: Arc<AtomicU64>,
     mut watch: Watch,
@@ -299,11 +309,13 @@ async fn carry_out(
     let count = |bytes: usize| {
         written.fetch_add(bytes as u64, Ordering::Relaxed);
     };
+    let mut other_end = None;
     loop {
         let ready = tokio::select! {
             biased;
             () = watch.exit() => {
                 watch = watch.begin_settling();
+                other_end = None;
                 None
             }
             ready = source.readable() => match ready {
@@ -329,12 +341,28 @@ async fn carry_out(
                 watch = watch.after_read(bytes);
                 tokio::task::consume_budget().await;
             }
-            Taken::End => break,
+            Taken::End => {
+                let again = watch.is_alive().then(|| open_again(&source)).flatten();
+                let Some((terminal, held)) = again else {
+                    break;
+                };
+                source = terminal;
+                other_end.replace(held);
+                tokio::task::consume_budget().await;
+            }
         }
     }
     if let Some(connection) = sink {
         half_close(&connection);
     }
+}
+
+/// A terminal that has hung up, once more: its master side, to be polled anew, as a hangup stays with a descriptor's readiness for good, and the
+/// other end. `None` for what is no terminal.
+fn open_again(master: &Polled) -> Option<(Polled, OwnedFd)> {
+    let other_end = terminal::open_other_end(master.get_ref()).ok()?;
+    let master = polled(master.get_ref().try_clone().ok()?).ok()?;
+    Some((master, other_end))
 }
 
 /// Where a process reads its input.

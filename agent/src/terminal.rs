@@ -1,12 +1,13 @@
-//! What only a terminal can do: change its size, and say that input is over.
+//! What only a terminal can do: change its size, say that input is over, and be opened again.
 
 #![allow(unsafe_code, reason = "the TIOCSWINSZ ioctl")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::termios::{LocalFlags, SpecialCharacterIndices, tcgetattr};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 
 /// Sets the size in characters through the master side.
 ///
@@ -22,6 +23,15 @@ pub fn resize(master: &impl AsRawFd, width: u16, height: u16) -> io::Result<()> 
     // SAFETY: TIOCSWINSZ reads one winsize, which lives across the call.
     Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })?;
     Ok(())
+}
+
+/// Opens the other end through the master side, as nobody's controlling terminal.
+///
+/// # Errors
+/// The ioctl's: `ENOTTY` where it is no terminal.
+pub fn open_other_end(master: &impl AsFd) -> io::Result<OwnedFd> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    Ok(ioctl_tiocgptpeer(master, flags)?)
 }
 
 /// The character that ends the input of a program which reads lines: a terminal has no half-close. `None` where the

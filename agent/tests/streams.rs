@@ -156,6 +156,41 @@ async fn a_pipe_that_nobody_reads_closes_its_connection() {
     );
 }
 
+/// As systemd treats its console: nobody has it open but while there is something to say.
+#[tokio::test]
+async fn a_terminal_that_nobody_has_open_is_not_at_its_end_while_the_process_lives() {
+    let pty = openpty(None, None).unwrap();
+    let name = nix::unistd::ttyname(&pty.slave).unwrap();
+    let (mut host, outputs) = start_output(pty.master);
+    let is_held = || {
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        fds.map(|fd| std::fs::read_link(fd.path()))
+            .any(|link| link.is_ok_and(|link| link == name))
+    };
+    drop(pty.slave);
+    let reopened = async {
+        while !is_held() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), reopened)
+        .await
+        .unwrap();
+    let mut slave = File::options().write(true).open(&name).unwrap();
+    slave.write_all(b"once more\n").unwrap();
+    let line = tokio::task::spawn_blocking(move || {
+        let mut line = [0; 11];
+        host.read_exact(&mut line).unwrap();
+        (host, line)
+    });
+    let (host, line) = line.await.unwrap();
+    assert_eq!(&line, b"once more\r\n");
+    drop(slave);
+    outputs.settle().await;
+    assert_eq!(read_to_end(host).await.unwrap(), b"");
+    assert!(!is_held(), "the other end is let go of");
+}
+
 #[tokio::test]
 async fn a_terminal_carries_both_ways_and_ends_with_its_last_slave() {
     let pty = openpty(None, None).unwrap();

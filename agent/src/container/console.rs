@@ -5,7 +5,7 @@ use std::path::Path;
 
 use oci_spec::runtime::Process;
 use rustix::fs::{CWD, Mode, OFlags, fstatfs, openat};
-use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
+use rustix::pty::unlockpt;
 
 use super::error::{LaunchError, Step};
 use super::mount_options::Bind;
@@ -42,11 +42,8 @@ impl Console {
         }
         unlockpt(&master).step(|| "unlocking the terminal".to_owned())?;
         // Not by its path, which the image could have covered.
-        let slave = ioctl_tiocgptpeer(
-            &master,
-            OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
-        )
-        .step(|| "opening the terminal's other end".to_owned())?;
+        let slave = terminal::open_other_end(&master)
+            .step(|| "opening the terminal's other end".to_owned())?;
         if let Some(size) = process.console_size() {
             let cells = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
             terminal::resize(&master, cells(size.width()), cells(size.height()))
