@@ -1,14 +1,22 @@
 //! `husk doctor`: what this host can do and what it cannot, each trouble with its remedy.
 
 mod containerd;
+mod crio;
+mod docker;
+mod files;
 mod parts;
+mod podman;
+mod process;
+mod settings;
 
 use std::{
     env,
     ffi::OsStr,
     fs,
     io::{self, Write as _},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::Result;
@@ -35,8 +43,8 @@ pub(crate) struct Finding {
     check: &'static str,
     verdict: Verdict,
     found: String,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    remedy: &'static str,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    remedy: String,
 }
 
 /// The oldest kernel: mount_setattr(2) makes bind mounts read-only before the guest sees them.
@@ -68,7 +76,11 @@ fn of_the_host() -> Vec<Finding> {
         certificates(),
     ]
     .into_iter()
+    .chain(settings::findings(&host.root))
     .chain(containerd::findings(&host))
+    .chain(docker::findings(&host))
+    .chain(podman::findings(&host))
+    .chain(crio::findings(&host))
     .collect()
 }
 
@@ -109,13 +121,13 @@ pub(crate) fn finding(
     check: &'static str,
     verdict: Verdict,
     found: impl Into<String>,
-    remedy: &'static str,
+    remedy: impl Into<String>,
 ) -> Finding {
     Finding {
         check,
         verdict,
         found: found.into(),
-        remedy,
+        remedy: remedy.into(),
     }
 }
 
@@ -302,6 +314,30 @@ fn in_path(root: &Path, path: &OsStr, program: &str) -> Option<PathBuf> {
     env::split_paths(path)
         .map(|dir| below(root, &dir).join(program))
         .find(|path| path.exists())
+}
+
+/// An engine's program, where it is installed: in this process' PATH, or where services look.
+fn engine(root: &Path, program: &str) -> Option<PathBuf> {
+    let own = env::var_os("PATH").unwrap_or_default();
+    in_path(root, &own, program).or_else(|| in_path(root, OsStr::new(containerd::PATH), program))
+}
+
+/// Major and minor of the first such numbers in what a program says of itself.
+fn version_of(program: &Path) -> Option<(u32, u32)> {
+    let output = Command::new(program).arg("--version").output().ok()?;
+    version_in(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn version_in(text: &str) -> Option<(u32, u32)> {
+    text.split_whitespace().find_map(|word| {
+        let mut numbers = word.split('.').map(str::parse);
+        Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+    })
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
 }
 
 fn plugins() -> Finding {

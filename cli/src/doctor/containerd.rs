@@ -3,25 +3,27 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     env,
-    ffi::{OsStr, OsString},
-    fs::{self, File},
-    io::Read as _,
-    os::unix::ffi::OsStringExt as _,
+    ffi::OsString,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use toml::{Table, Value};
 
-use super::{Finding, Host, Verdict, below, finding, in_path};
+use super::{
+    Finding, Host, Verdict,
+    files::{matching, table},
+    finding, in_path,
+    process::processes,
+};
 
 const CHECK: &str = "containerd";
 const HANDLER: &str = "containerd's runtimes";
 const SHIM_CHECK: &str = "containerd's PATH";
 
 /// husk's name as a runtime, and that of its shim (containerd, "Runtime v2").
-const RUNTIME: &str = "io.containerd.husk.v2";
-const SHIM: &str = "containerd-shim-husk-v2";
+pub(super) const RUNTIME: &str = "io.containerd.husk.v2";
+pub(super) const SHIM: &str = "containerd-shim-husk-v2";
 
 /// The CRI plugin's key, by the version of the configuration that has it (containerd, docs/PLUGINS.md and docs/cri/config.md).
 const KEYS: [(i64, &str); 3] = [
@@ -33,12 +35,11 @@ const KEYS: [(i64, &str); 3] = [
 /// The oldest that husk is tested with.
 const OLDEST: (u32, u32) = (1, 7);
 
-/// The most bytes of a file of the configuration, and the most files.
-const MOST: u64 = 1 << 20;
+/// The most files of the configuration.
 const FILES: usize = 100;
 
 /// Where systemd's services look for programs, when nothing else is said.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(super) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 const LINES: &str = "deploy/containerd-1.7.toml or containerd-2.toml of husk's sources has the lines; restart containerd";
 
@@ -180,29 +181,6 @@ fn read(root: &Path) -> Result<Found, String> {
     Ok(found)
 }
 
-/// A file, if it is there.
-fn table(root: &Path, path: &Path) -> Result<Option<Table>, String> {
-    let file = match File::open(below(root, path)) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(format!("{} cannot be read: {error}", path.display())),
-    };
-    let mut text = String::new();
-    match file.take(MOST + 1).read_to_string(&mut text) {
-        Ok(count) if count as u64 <= MOST => {}
-        Ok(_) => return Err(format!("{} has more than {MOST} bytes", path.display())),
-        Err(error) => return Err(format!("{} cannot be read: {error}", path.display())),
-    }
-    text.parse().map(Some).map_err(|error: toml::de::Error| {
-        let line = error.span().map(|span| {
-            let before = text.get(..span.start).unwrap_or_default();
-            format!(", line {}", before.matches('\n').count() + 1)
-        });
-        let line = line.unwrap_or_default();
-        format!("{}{line} is no TOML: {}", path.display(), error.message())
-    })
-}
-
 /// Looks for husk among a file's runtimes. A file that does not tell its version is taken for any.
 fn look(table: &Table, version: Option<i64>, found: &mut Found) {
     for (of, key) in KEYS {
@@ -229,61 +207,19 @@ fn look(table: &Table, version: Option<i64>, found: &mut Found) {
     }
 }
 
-/// What an import means: a file, or those of a directory that have such names.
-fn matching(root: &Path, pattern: &Path) -> Vec<PathBuf> {
-    let (Some(dir), Some(name)) = (
-        pattern.parent(),
-        pattern.file_name().and_then(OsStr::to_str),
-    ) else {
-        return Vec::new();
-    };
-    if !name.contains(['*', '?']) {
-        return vec![pattern.to_owned()];
-    }
-    let entries = fs::read_dir(below(root, dir))
-        .into_iter()
-        .flatten()
-        .flatten();
-    let mut found: Vec<PathBuf> = entries
-        .filter(|entry| {
-            entry
-                .file_name()
-                .to_str()
-                .is_some_and(|file| fits(name, file))
-        })
-        .map(|entry| dir.join(entry.file_name()))
-        .collect();
-    found.sort();
-    found
-}
-
-/// Is it such a name? "*" is any part, "?" any letter.
-fn fits(pattern: &str, name: &str) -> bool {
-    let mut pattern_rest = pattern.chars();
-    match pattern_rest.next() {
-        None => name.is_empty(),
-        Some('*') => name
-            .char_indices()
-            .map(|(at, _)| at)
-            .chain([name.len()])
-            .any(|at| fits(pattern_rest.as_str(), name.get(at..).unwrap_or_default())),
-        Some(letter) => {
-            let mut rest = name.chars();
-            let fits_first = rest
-                .next()
-                .is_some_and(|own| letter == '?' || own == letter);
-            fits_first && fits(pattern_rest.as_str(), rest.as_str())
-        }
-    }
-}
-
 /// containerd looks for a shim in its own PATH.
 fn path_finding(host: &Host) -> Finding {
-    let path = running_path(host).unwrap_or_else(|| PATH.into());
+    let running = processes(&host.root, CHECK).find_map(|process| process.variable("PATH"));
+    has_shim(host, SHIM_CHECK, running)
+}
+
+/// Whether a containerd that runs with this PATH finds husk's shim.
+pub(super) fn has_shim(host: &Host, check: &'static str, path: Option<OsString>) -> Finding {
+    let path = path.unwrap_or_else(|| PATH.into());
     match in_path(&host.root, &path, SHIM) {
-        Some(_) => finding(SHIM_CHECK, Verdict::Ok, format!("has {SHIM}"), ""),
+        Some(_) => finding(check, Verdict::Ok, format!("has {SHIM}"), ""),
         None => finding(
-            SHIM_CHECK,
+            check,
             Verdict::Warning,
             format!("{} has no {SHIM}", path.display()),
             "put it into /usr/local/bin, or the directory that it is in into the PATH of containerd's service",
@@ -291,25 +227,10 @@ fn path_finding(host: &Host) -> Finding {
     }
 }
 
-/// That of the containerd that runs, if one does.
-fn running_path(host: &Host) -> Option<OsString> {
-    let processes = fs::read_dir(host.path("proc"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    let mut environments = processes.filter_map(|process| {
-        let dir = process.path();
-        let name = fs::read_to_string(dir.join("comm")).ok()?;
-        (name.trim_end() == "containerd").then(|| fs::read(dir.join("environ")).ok())?
-    });
-    environments.find_map(|environment| {
-        let mut variables = environment.split(|byte| *byte == 0);
-        variables.find_map(|line| Some(OsString::from_vec(line.strip_prefix(b"PATH=")?.to_owned())))
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn root(files: &[(&str, &str)]) -> tempfile::TempDir {
@@ -434,20 +355,5 @@ mod tests {
         let found = path_finding(&host);
         assert_eq!(found.verdict, Verdict::Warning);
         assert!(found.found.contains("/usr/local/sbin"), "{found:?}");
-    }
-
-    #[test]
-    fn patterns_fit_as_a_shells() {
-        for (pattern, name) in [
-            ("*.toml", "a.toml"),
-            ("*", "x"),
-            ("a?c*", "abcd"),
-            ("*a*b*", "xaybz"),
-        ] {
-            assert!(fits(pattern, name), "{pattern} {name}");
-        }
-        for (pattern, name) in [("*.toml", "a.conf"), ("?", ""), ("a*b", "ac")] {
-            assert!(!fits(pattern, name), "{pattern} {name}");
-        }
     }
 }
