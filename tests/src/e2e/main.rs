@@ -23,6 +23,7 @@ mod context;
 mod crio;
 mod deploy;
 mod docker;
+mod doctor;
 mod durations;
 mod exec;
 mod faults;

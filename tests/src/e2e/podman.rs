@@ -38,6 +38,7 @@ pub const TESTS: &[Test] = &[
     test("a_pod_of_kube_play", pods::kube).needs(PODMAN),
     test("a_unit_of_quadlet", pods::quadlet).needs(PODMAN),
     husk_test("a_pod_that_shares_some_is_refused", pods::refused).needs(PODMAN),
+    husk_test("doctor_reads_containers_conf", crate::doctor::podman).needs(PODMAN),
     husk_test("errors_are_those_of_crun", by_hand::errors).needs(CRUN),
     husk_test("hooks_are_run_on_the_host", by_hand::hooks).needs(CRUN),
     husk_test(

@@ -34,4 +34,5 @@ pub const TESTS: &[Test] = &[
     test("what_docker_refuses_itself", flags::dockers_own),
     husk_test("the_pages_commands", page::commands),
     husk_test("what_cannot_be_is_told", lifecycle::refused),
+    husk_test("doctor_tells_the_daemons_mistakes", crate::doctor::docker),
 ];
