@@ -293,10 +293,9 @@ fn network_and_volume(suite: &Context) -> Result<()> {
 /// Those of the pages in docs/engines, one after another.
 fn the_pages_commands(suite: &Context) -> Result<()> {
     const PAGES: [(&str, usize); 2] = [
-        (include_str!("../../../docs/engines/podman.md"), PODMANS),
+        (include_str!("../../../docs/engines/podman.md"), 15),
         (include_str!("../../../docs/engines/buildah.md"), 6),
     ];
-    const PODMANS: usize = 16;
     const CONF: &str = include_str!("../../../deploy/podman.conf");
     let podman = Podman::new(suite)?;
     // As `make install` leaves it, and a checkout.
