@@ -27,7 +27,7 @@ fn said(suite: &Context, check: &str, variable: (&str, &str)) -> Result<Vec<Stri
     Ok(lines)
 }
 
-/// The suite's daemon has two runtimes of husk's whose settings cannot be used.
+/// The suite's daemon has three runtimes of husk's with a mistake each.
 pub fn docker(suite: &Context) -> Result<()> {
     suite.docker()?;
     let version = said(suite, "Docker", ("A", "b"))?;
@@ -36,13 +36,14 @@ pub fn docker(suite: &Context) -> Result<()> {
     for parts in [
         ["the runtime husk-missing ", "missing.toml", "make the file"],
         ["the runtime husk-wrong ", "no_such_key", "shows every key"],
+        ["the runtime husk-odd ", "NoSuchOption", "ConfigPath"],
     ] {
         let is_told = |line: &String| {
             line.starts_with("warning ") && parts.iter().all(|part| line.contains(part))
         };
         ensure!(found.iter().any(is_told), "{parts:?}: {found:?}");
     }
-    ensure!(found.len() == 2, "{found:?}");
+    ensure!(found.len() == 3, "{found:?}");
     Ok(())
 }
 
