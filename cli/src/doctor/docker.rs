@@ -208,17 +208,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-
-    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
-        let dir = tempfile::tempdir().unwrap();
-        for (name, text) in files {
-            let path = dir.path().join(name);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        }
-        let root = dir.path().to_owned();
-        (dir, Host { root })
-    }
+    use crate::doctor::tests::host;
 
     fn said(json: &str) -> Vec<Finding> {
         let (_dir, host) = host(&[
