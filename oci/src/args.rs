@@ -302,6 +302,9 @@ pub struct Proxy {
     /// A network namespace to be in
     #[arg(long)]
     pub network: Option<PathBuf>,
+    /// The spec of the container whose files it shows; none without
+    #[arg(long)]
+    pub spec: Option<PathBuf>,
     /// The container's id
     pub id: Id,
 }

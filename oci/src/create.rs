@@ -115,6 +115,7 @@ fn create_in(
                 true => Some(format!("/proc/{task_pid}/ns/net").into()),
                 false => spec.namespace("network").map(Path::to_owned),
             },
+            spec: Some(container.dir.join("config.json")),
             id: container.id.clone(),
         },
     )?;

@@ -60,6 +60,7 @@ pub(crate) fn exec(all: &Args, args: &args::Exec) -> Result<u8> {
             pipes: dir.clone(),
             console_socket: args.console_socket.clone().filter(|_| terminal),
             network: None,
+            spec: None,
             id: container.id.clone(),
         };
         let mut child = match proxy::spawn(&all.root, &proxy) {

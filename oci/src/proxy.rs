@@ -2,10 +2,11 @@
 //! was given, hands signals on, and ends as the process in the guest does.
 //!
 //! It has nothing of the host but those streams and a connection to the shim. An engine goes by its pid into what it believes to be the container
-//! (`podman cp` and `podman top` join its mount and pid namespaces, other containers its network), so its root is an empty
-//! directory, its pid namespace has nobody else, and its network is the container's.
+//! (`podman cp` and `podman top` join its mount and pid namespaces, other containers its network), so its mount namespace has the container's
+//! files, its pid namespace has nobody else, and its network is the container's. Its own root is an empty directory.
 
 mod console;
+mod files;
 mod streams;
 
 use std::{
@@ -24,11 +25,7 @@ use containerd_shim_protos::{
     shim_async::{Client, TaskClient},
 };
 use husk_client::shim::{forever, said, soon};
-use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, setns, unshare},
-    unistd::{chdir, pivot_root},
-};
+use nix::sched::{CloneFlags, setns, unshare};
 use rustix::process::setsid;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -39,6 +36,7 @@ use ttrpc::asynchronous::transport::Socket;
 
 use crate::{args, task};
 use console::Console;
+use files::{Files, leave_host};
 use streams::Streams;
 
 /// What a proxy says once everything is in its hands.
@@ -87,6 +85,9 @@ pub(crate) fn spawn(root: &Path, args: &args::Proxy) -> Result<Child> {
     }
     if let Some(network) = &args.network {
         command.arg("--network").arg(network);
+    }
+    if let Some(spec) = &args.spec {
+        command.arg("--spec").arg(spec);
     }
     command.arg(args.id.as_str());
     let report = FdMapping {
@@ -182,7 +183,8 @@ impl Prepared {
                 || Ok::<_, anyhow::Error>(setns(File::open(network)?, CloneFlags::CLONE_NEWNET)?);
             enter().with_context(|| format!("entering the network {}", network.display()))?;
         }
-        leave_host(&args.pipes).context("leaving the host's files")?;
+        let files = args.spec.as_deref().map(Files::of).transpose()?;
+        leave_host(&args.pipes, files.as_ref()).context("leaving the host's files")?;
         Ok(Self {
             shim,
             streams,
@@ -330,23 +332,4 @@ fn standard_streams() -> Result<[File; 3]> {
         ])
     };
     copies().context("holding the standard streams")
-}
-
-/// Into a root without anything. `place`: any directory that is there.
-fn leave_host(place: &Path) -> nix::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(
-        Some("none"),
-        place,
-        Some("tmpfs"),
-        flags,
-        Some("size=4k,nr_inodes=1,mode=0"),
-    )?;
-    chdir(place)?;
-    // The old root comes to lie upon the new one (pivot_root(2)).
-    pivot_root(".", ".")?;
-    umount2(".", MntFlags::MNT_DETACH)
 }

@@ -165,7 +165,8 @@ impl Spec {
     }
 }
 
-fn is_bind(mount: &Value) -> bool {
+/// Whether it shows something of the host.
+pub(crate) fn is_bind(mount: &Value) -> bool {
     let options = mount["options"].as_array();
     mount["type"] == "bind"
         || options.is_some_and(|list| list.iter().any(|o| o == "bind" || o == "rbind"))

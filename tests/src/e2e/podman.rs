@@ -2,6 +2,7 @@
 
 mod buildah;
 mod by_hand;
+mod copies;
 mod pods;
 
 use std::{
@@ -32,6 +33,7 @@ pub const TESTS: &[Test] = &[
     test("one_that_is_killed_for_memory", killed_for_memory).needs(PODMAN),
     test("terminals", terminals).needs(PODMAN),
     test("a_network_and_a_volume", network_and_volume).needs(PODMAN),
+    test("copies_while_it_runs", copies::copies).needs(PODMAN),
     husk_test("the_pages_commands", the_pages_commands).needs(PODMAN),
     test("a_build", buildah::build).needs(BUILDAH),
     test("a_pod", pods::pod).needs(PODMAN),
