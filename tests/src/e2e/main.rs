@@ -48,6 +48,7 @@ mod signals;
 mod storms;
 mod streams;
 mod survival;
+mod systemd;
 mod task;
 mod terminal;
 mod vm;
@@ -123,6 +124,7 @@ const SUITES: &[(&str, bool, &[Test])] = &[
     ("task", false, task::TESTS),
     ("oci", false, oci::TESTS),
     ("docker", false, docker::TESTS),
+    ("systemd", false, systemd::TESTS),
     ("pods", false, pods::TESTS),
     ("sharing", false, sharing::TESTS),
     ("features", false, features::TESTS),

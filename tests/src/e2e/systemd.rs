@@ -1,0 +1,210 @@
+//! systemd as a container's first process, in podman: the commands of docs/engines/systemd.md, and what they come to.
+//!
+//! The control has the same commands: podman's runtime `husk` is crun then.
+
+use std::{fs, path::Path, process::Command, sync::OnceLock};
+
+use anyhow::{Context as _, Result, ensure};
+use husk_tests::{
+    ctr::{self, Output},
+    host,
+    runtime::Runtime,
+    wait,
+};
+
+use crate::{Test, context::Context, test};
+
+pub const TESTS: &[Test] = &[test("in_podman", podman).needs("/usr/bin/podman")];
+
+const PAGE: &str = include_str!("../../../docs/engines/systemd.md");
+/// On a disk, as an overlay's upper directory is.
+const DIR: &str = "/var/lib/husk-e2e-systemd";
+
+/// From the Debian tree to `$0`: systemd with its units, a web server, a login on the console, what a shell needs. Nothing is left to be brought up
+/// to date at the first start, and what nobody misses does not start: each unit takes seconds here.
+const TREE: &str = r#"
+rm -rf "$0"; mkdir -p "$0"/usr/bin "$0"/usr/sbin "$0"/usr/lib64 "$0"/usr/lib/x86_64-linux-gnu "$0"/tmp "$0"/proc "$0"/sys "$0"/dev "$0"/run \
+    "$0"/root "$0"/var/log/nginx "$0"/var/tmp
+for dir in bin sbin lib lib64; do ln -s "usr/$dir" "$0/$dir"; done
+cd /srv/debian-rootfs
+cp -a --parents usr/lib/systemd usr/lib/tmpfiles.d usr/lib/sysusers.d usr/lib/x86_64-linux-gnu/systemd etc/systemd etc/nginx \
+    etc/passwd etc/group etc/shadow etc/nsswitch.conf usr/lib/nginx usr/share/nginx var/www var/lib/nginx "$0"
+programs="usr/lib/systemd/systemd usr/bin/systemctl usr/bin/journalctl usr/bin/systemd-tmpfiles usr/bin/systemd-sysusers usr/bin/sh usr/bin/cat \
+    usr/bin/mount usr/bin/sleep usr/sbin/agetty usr/sbin/nginx usr/sbin/start-stop-daemon"
+libraries=$(for program in $programs usr/lib/systemd/systemd-*; do chroot . ldd "/$program" 2>/dev/null; done | grep -o '/lib[^ :]* ' | sort -u | sed 's,^/,,')
+cp -aL --parents $programs "$0"
+for library in $libraries; do [ -e "$0/$library" ] || cp -aL --parents "$library" "$0"; done
+ln -s ../lib/systemd/systemd "$0/usr/sbin/init"
+for unit in redis-server ldconfig systemd-tmpfiles-setup-dev-early systemd-tmpfiles-setup-dev systemd-remount-fs; do ln -sf /dev/null "$0/etc/systemd/system/$unit.service"; done
+: >"$0/etc/machine-id"; touch "$0/etc/.updated" "$0/var/.updated"
+"#;
+
+/// What is looked at in it, one line each.
+const LOOK: &str = r#"
+cat /proc/1/comm
+read id </etc/machine-id; echo ${#id}
+read pid </sys/fs/cgroup/system.slice/nginx.service/cgroup.procs && cat /proc/$pid/comm
+systemctl stop nginx && systemctl is-active nginx
+systemctl start nginx && systemctl is-active nginx
+systemctl list-units --failed --no-legend
+"#;
+
+/// The page's commands below a heading.
+fn commands(heading: &str) -> Result<Vec<&'static str>> {
+    let section = PAGE.split_once(&format!("## {heading}\n"));
+    let (_, block) = section
+        .and_then(|(_, rest)| rest.split_once("```sh\n"))
+        .context("the page has no such commands")?;
+    let (block, _) = block.split_once("```").context("the block does not end")?;
+    Ok(block.lines().collect())
+}
+
+/// The tree, which the first who asks makes.
+fn tree() -> Result<String> {
+    static MADE: OnceLock<Result<(), String>> = OnceLock::new();
+    let tree = format!("{DIR}/tree");
+    let make = || {
+        fs::create_dir_all(DIR)?;
+        host::run(&["sh", "-ec", TREE, &tree])
+    };
+    let made = MADE.get_or_init(|| make().map(drop).map_err(|e| format!("{e:?}")));
+    made.clone().map_err(anyhow::Error::msg)?;
+    Ok(tree)
+}
+
+/// husk's own settings on this machine, which has none otherwise.
+struct Settings;
+
+impl Settings {
+    const PATH: &str = "/etc/husk/config.toml";
+
+    fn write(text: &str) -> Result<Self> {
+        fs::create_dir_all("/etc/husk")?;
+        ensure!(!Path::new(Self::PATH).exists(), "{} is there", Self::PATH);
+        fs::write(Self::PATH, text)?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(Self::PATH);
+    }
+}
+
+/// An engine's shell, with what takes the place of the page's IMAGE.
+struct Engine {
+    name: &'static str,
+    image: String,
+    variables: Vec<(&'static str, String)>,
+}
+
+impl Engine {
+    fn sh(&self, line: &str) -> Result<Output> {
+        let mut command = Command::new("sh");
+        command
+            .args(["-ec", &line.replace("IMAGE", &self.image)])
+            .envs(self.variables.iter().map(|(key, value)| (key, value)));
+        ctr::output(&mut command)
+    }
+
+    fn machine(&self, verb: &str, rest: &str) -> Result<String> {
+        let line = format!("{} {verb} machine {rest}", self.name);
+        Ok(self.sh(&line)?.ok()?.text())
+    }
+
+    /// The page's commands, one after another.
+    fn follow(&self, heading: &str) -> Result<()> {
+        let commands = commands(heading)?;
+        let [run, is_running, restart, journal, stop, remove] = commands.as_slice() else {
+            anyhow::bail!("{commands:?}");
+        };
+        self.sh(run)?.ok()?;
+        // Its console: to ask inside would slow it down, and there is nobody to answer yet. One unit after another, as it takes long.
+        for line in [
+            "systemd-journald.service",
+            "systemd-tmpfiles-setup.service",
+            "login:",
+        ] {
+            wait::until(&format!("{line:?} on the console"), || {
+                let log = self.sh(&format!("{} logs machine", self.name)).ok()?;
+                log.text().contains(line).then_some(())
+            })
+            .with_context(|| format!("{:?}", self.machine("logs", "")))?;
+        }
+        let state = self.sh(is_running)?;
+        ensure!(
+            state.text() == "running",
+            "{state:?}: {:?}",
+            self.machine("exec", "systemctl list-units --failed --no-legend")
+        );
+        self.sh(restart)?.ok()?;
+        let journal = self.sh(journal)?.ok()?.text();
+        ensure!(journal.matches("Started nginx").count() == 2, "{journal}");
+        let seen = self.machine("exec", &format!("sh -c '{LOOK}'"))?;
+        let wanted = ["systemd", "32", "nginx", "inactive", "active"];
+        ensure!(seen.lines().eq(wanted), "{seen}");
+        let address = self.machine("inspect --format '{{.NetworkSettings.IPAddress}}'", "")?;
+        let page = host::run(&[
+            "busybox",
+            "wget",
+            "-q",
+            "-O",
+            "-",
+            &format!("http://{address}/"),
+        ])?;
+        ensure!(page.contains("nginx"), "{page}");
+        self.sh(stop)?.ok()?;
+        let state = "{{.State.Status}} {{.State.ExitCode}}";
+        let state = self.machine(&format!("inspect --format '{state}'"), "")?;
+        ensure!(
+            state == "exited 0",
+            "{state}: {:?}",
+            self.machine("logs", "")
+        );
+        self.sh(remove)?.ok().map(drop)
+    }
+}
+
+fn podman(suite: &Context) -> Result<()> {
+    let program = match suite.runtime {
+        Runtime::Husk => suite.bin.join("husk-oci"),
+        _ => "/usr/bin/crun".into(),
+    };
+    let tree = tree()?;
+    let [settings, storage] =
+        ["settings.conf", "storage.conf"].map(|name| Path::new(DIR).join(name));
+    // The testbed has no systemd of its own.
+    fs::write(
+        &settings,
+        format!(
+            "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\n[engine.runtimes]\nhusk = [\"{}\"]\n",
+            program.display()
+        ),
+    )?;
+    fs::write(
+        &storage,
+        format!(
+            "[storage]\ndriver = \"overlay\"\nrunroot = \"/run/husk-e2e-systemd\"\ngraphroot = \"{DIR}/storage\"\n"
+        ),
+    )?;
+    let engine = Engine {
+        name: "podman",
+        image: format!("--rootfs {tree}:O"),
+        variables: [
+            ("CONTAINERS_CONF_OVERRIDE", settings),
+            ("CONTAINERS_STORAGE_CONF", storage),
+        ]
+        .map(|(name, path)| (name, path.display().to_string()))
+        .into(),
+    };
+    let _settings = match suite.runtime {
+        Runtime::Husk => Some(Settings::write("cache = \"always\"\n")?),
+        _ => None,
+    };
+    let followed = engine.follow("podman");
+    if followed.is_err() {
+        let _ = engine.sh("podman rm -f -t 0 machine");
+    }
+    followed
+}
