@@ -12,6 +12,7 @@ pub mod ctr;
 pub mod docker;
 pub mod events;
 pub mod host;
+pub mod podman;
 pub mod runtime;
 pub mod side_by_side;
 pub mod spdy;

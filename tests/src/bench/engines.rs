@@ -3,7 +3,12 @@
 use std::{process::Command, time::Instant};
 
 use anyhow::{Context as _, Result};
-use husk_tests::{busybox, ctr, docker, docker::Docker, runtime::Runtime};
+use husk_tests::{
+    busybox, ctr, docker,
+    docker::Docker,
+    podman::{IMAGE, Podman},
+    runtime::Runtime,
+};
 
 use crate::{Bench, Row, SAMPLES, Table};
 
@@ -23,6 +28,9 @@ pub fn measure(bench: &Bench, table: &mut Table) -> Result<()> {
     busybox::lay_out(&tree)?;
     let docker = Docker::start(&bench.containerd, Runtime::Husk, &tree)?;
     table.push(run_rm(&of_docker(&docker))?);
+    let podman = [bench.bin.join("husk-oci"), "/usr/bin/crun".into()].map(|p| Podman::new(&p));
+    podman[0].import(&tree)?;
+    table.push(run_rm(&of_podman(&podman))?);
     Ok(())
 }
 
@@ -33,6 +41,20 @@ fn of_docker(docker: &Docker) -> Engine<'_> {
         command: Box::new(|runtime| {
             let run = ["run", "--rm", "--runtime", runtime.name()];
             docker.command(&[&run[..], &[docker::BUSYBOX, "true"]].concat())
+        }),
+    }
+}
+
+fn of_podman([husk, crun]: &[Podman; 2]) -> Engine<'_> {
+    Engine {
+        row: "podman_run_rm",
+        runtimes: &[Runtime::Husk, Runtime::Crun],
+        command: Box::new(move |runtime| {
+            let podman = match runtime {
+                Runtime::Husk => husk,
+                _ => crun,
+            };
+            podman.command(&["run", "--rm", IMAGE, "true"])
         }),
     }
 }

@@ -12,9 +12,10 @@ use std::{
     sync::OnceLock,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use husk_tests::{
-    ctr::{self, Output},
+    ctr,
+    podman::{IMAGE, PODMAN, Podman},
     runtime::Runtime,
     wait,
 };
@@ -50,89 +51,26 @@ pub const TESTS: &[Test] = &[
     .needs(CRUN),
 ];
 
-const PODMAN: &str = "/usr/bin/podman";
 const BUILDAH: &str = "/usr/bin/buildah";
 const CRUN: &str = "/usr/bin/crun";
-const IMAGE: &str = "localhost/busybox:e2e";
 
-/// podman with a storage of the suite's.
-struct Podman {
-    runtime: PathBuf,
-    dir: PathBuf,
-}
-
-impl Podman {
-    /// The image is made by the first who asks.
-    fn new(suite: &Context) -> Result<Self> {
-        static IMAGE_MADE: OnceLock<Result<(), String>> = OnceLock::new();
-        let podman = Self {
-            runtime: match suite.runtime {
-                Runtime::Husk => suite.bin.join("husk-oci"),
-                _ => CRUN.into(),
-            },
-            // On a disk, as an overlay's upper directory is.
-            dir: "/var/lib/husk-e2e-podman".into(),
-        };
-        let made = IMAGE_MADE.get_or_init(|| podman.import(suite).map_err(|e| format!("{e:?}")));
-        made.clone().map_err(anyhow::Error::msg)?;
-        Ok(podman)
-    }
-
-    fn import(&self, suite: &Context) -> Result<()> {
-        fs::create_dir_all(&self.dir)?;
-        let tar = self.dir.join("busybox.tar");
-        let mut pack = Command::new("tar");
-        pack.arg("-C")
-            .arg(&suite.rootfs)
-            .arg("-cf")
-            .arg(&tar)
-            .arg(".");
-        ctr::output(&mut pack)?.ok()?;
-        let tar = tar.to_str().context("its name")?;
-        self.run(&["import", "-q", tar, IMAGE])?.ok().map(drop)
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(PODMAN);
-        command
-            .arg("--root")
-            .arg(self.dir.join("storage"))
-            .args(["--runroot", "/run/husk-e2e-podman"])
-            .args(["--cgroup-manager", "cgroupfs", "--events-backend", "file"])
-            .arg("--runtime")
-            .arg(&self.runtime)
-            .args(args);
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Result<Output> {
-        ctr::output(&mut self.command(args))
-    }
-
-    /// `podman run --rm` without a network.
-    fn once(&self, flags: &[&str], command: &[&str]) -> Result<Output> {
-        let head = ["run", "--rm", "--network", "none"];
-        self.run(&[&head, flags, &[IMAGE], command].concat())
-    }
-
-    /// What `inspect` has for a container, as a template.
-    fn inspect(&self, name: &str, template: &str) -> Result<String> {
-        Ok(self
-            .run(&["inspect", name, "--format", template])?
-            .ok()?
-            .text())
-    }
-
-    fn wait_for_log(&self, name: &str, line: &str) -> Result<()> {
-        wait::until(line, || {
-            let logs = self.run(&["logs", name]).ok()?;
-            logs.text().lines().any(|l| l == line).then_some(())
-        })
-    }
+/// podman with the suite's runtime. The image is made by the first who asks.
+fn podman(suite: &Context) -> Result<Podman> {
+    static IMAGE_MADE: OnceLock<Result<(), String>> = OnceLock::new();
+    let podman = Podman::new(&match suite.runtime {
+        Runtime::Husk => suite.bin.join("husk-oci"),
+        _ => CRUN.into(),
+    });
+    let make = || podman.import(&suite.rootfs).map_err(|e| format!("{e:?}"));
+    IMAGE_MADE
+        .get_or_init(make)
+        .clone()
+        .map_err(anyhow::Error::msg)?;
+    Ok(podman)
 }
 
 fn exit_codes_and_streams(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = podman(suite)?;
     let out = podman
         .once(&[], &["sh", "-c", "echo out; echo err >&2; exit 7"])?
         .exited(7)?;
@@ -162,7 +100,7 @@ fn exit_codes_and_streams(suite: &Context) -> Result<()> {
 }
 
 fn lives_again(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = podman(suite)?;
     let ok = |args: &[&str]| podman.run(args)?.ok();
     let name = "lives";
     let script = "trap 'echo bye; exit 3' TERM; echo started; while :; do sleep 0.2; done";
@@ -234,7 +172,7 @@ fn lives_again(suite: &Context) -> Result<()> {
 }
 
 fn killed_for_memory(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = podman(suite)?;
     let limits = ["--memory", "64m", "--memory-swap", "64m"];
     let head = ["run", "--name", "hungry", "--network", "none"];
     let command = [IMAGE, "tail", "/dev/zero"];
@@ -247,7 +185,7 @@ fn killed_for_memory(suite: &Context) -> Result<()> {
 }
 
 fn terminals(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = podman(suite)?;
     let mut command = podman.command(&[
         "run",
         "--rm",
@@ -272,7 +210,7 @@ fn terminals(suite: &Context) -> Result<()> {
 }
 
 fn network_and_volume(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = podman(suite)?;
     let host = podman.dir.join("volume");
     fs::create_dir_all(&host)?;
     fs::write(host.join("index.html"), "of the host")?;
@@ -299,7 +237,7 @@ fn the_pages_commands(suite: &Context) -> Result<()> {
         (include_str!("../../../docs/engines/buildah.md"), 6),
     ];
     const CONF: &str = include_str!("../../../deploy/podman.conf");
-    let podman = Podman::new(suite)?;
+    let podman = podman(suite)?;
     // As `make install` leaves it, and a checkout.
     let installed = Path::new("/usr/local/bin/husk-oci");
     let _ = fs::remove_file(installed);

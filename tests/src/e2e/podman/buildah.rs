@@ -3,9 +3,9 @@
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
+use husk_tests::podman::{IMAGE, Podman};
 use husk_tests::{ctr, runtime::Runtime};
 
-use super::{IMAGE, Podman};
 use crate::{
     context::Context,
     terminal::{Session, size},
@@ -39,7 +39,7 @@ pub fn containerfile(podman: &Podman, name: &str, text: &str) -> Result<std::pat
 }
 
 pub fn build(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = super::podman(suite)?;
     let runtime = podman.runtime.to_str().context("its name")?;
     let build = |dir: &Path, flags: &[&str]| {
         let head = ["bud", "--runtime", runtime];

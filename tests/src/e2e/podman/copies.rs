@@ -3,15 +3,15 @@
 use std::{fs, path::Path};
 
 use anyhow::{Result, ensure};
+use husk_tests::podman::{IMAGE, Podman};
 use husk_tests::runtime::Runtime;
 
-use super::{IMAGE, Podman};
 use crate::context::Context;
 
 const NAME: &str = "copied";
 
 pub fn copies(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = super::podman(suite)?;
     let dir = tempfile::tempdir()?;
     let copied = copy(&podman, dir.path(), suite.runtime == Runtime::Husk);
     podman.run(&["rm", "-f", "-t", "0", NAME])?.ok()?;

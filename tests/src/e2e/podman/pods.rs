@@ -3,14 +3,14 @@
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
+use husk_tests::podman::IMAGE;
 use husk_tests::{ctr, runtime::Runtime, wait};
 
-use super::{IMAGE, Podman};
 use crate::context::Context;
 
 /// Two containers and what they share; the pod lives again.
 pub fn pod(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = super::podman(suite)?;
     let ok = |args: &[&str]| podman.run(args)?.ok();
     let dir = podman.dir.join("pod");
     fs::create_dir_all(&dir)?;
@@ -61,7 +61,7 @@ pub fn pod(suite: &Context) -> Result<()> {
 
 /// What one VM cannot share apart.
 pub fn refused(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = super::podman(suite)?;
     let infra = ["--infra-image", IMAGE, "--infra-command", "/bin/sleep 1000"];
     let create = ["pod", "create", "--name", "some", "--network", "none"];
     let share = ["--share", "net"];
@@ -82,7 +82,7 @@ pub fn yaml(host: &Path) -> String {
 
 /// A pod of Kubernetes' own notation, with an emptyDir and a directory of the host.
 pub fn kube(suite: &Context) -> Result<()> {
-    let podman = Podman::new(suite)?;
+    let podman = super::podman(suite)?;
     let dir = podman.dir.join("kube");
     let host = dir.join("host");
     let _ = fs::remove_dir_all(&host);
@@ -109,7 +109,7 @@ pub fn kube(suite: &Context) -> Result<()> {
 /// What Quadlet makes of a container's unit, run by hand: there is no systemd here.
 pub fn quadlet(suite: &Context) -> Result<()> {
     const GENERATOR: &str = "/usr/libexec/podman/quadlet";
-    let podman = Podman::new(suite)?;
+    let podman = super::podman(suite)?;
     let dir = podman.dir.join("units");
     fs::create_dir_all(&dir)?;
     let storage = format!(
