@@ -120,12 +120,9 @@ impl Engine {
             anyhow::bail!("{commands:?}");
         };
         self.sh(run)?.ok()?;
-        // Its console: to ask inside would slow it down, and there is nobody to answer yet. One unit after another, as it takes long.
-        for line in [
-            "systemd-journald.service",
-            "systemd-tmpfiles-setup.service",
-            "login:",
-        ] {
+        // Its console: to ask inside would slow it down, and there is nobody to answer yet. Step by step, as it takes long, and by names that it
+        // does not abbreviate.
+        for line in ["systemd-journald.service", "sysinit.target", "login:"] {
             wait::until(&format!("{line:?} on the console"), || {
                 let log = self.sh(&format!("{} logs machine", self.name)).ok()?;
                 log.text().contains(line).then_some(())
