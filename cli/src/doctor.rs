@@ -330,9 +330,33 @@ fn version_of(program: &Path) -> Option<(u32, u32)> {
 
 fn version_in(text: &str) -> Option<(u32, u32)> {
     text.split_whitespace().find_map(|word| {
-        let mut numbers = word.split('.').map(str::parse);
+        let mut numbers = word.trim_start_matches('v').split('.').map(str::parse);
         Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
     })
+}
+
+/// What is said of a program's version; `remedy` goes with any that it tells.
+fn version_finding(
+    check: &'static str,
+    version: Option<(u32, u32)>,
+    oldest: (u32, u32),
+    remedy: &str,
+) -> Finding {
+    match version {
+        Some((major, minor)) => {
+            let verdict = match (major, minor) >= oldest {
+                true => Verdict::Ok,
+                false => Verdict::Warning,
+            };
+            finding(check, verdict, format!("version {major}.{minor}"), remedy)
+        }
+        None => finding(
+            check,
+            Verdict::Warning,
+            "it does not tell its version",
+            format!("`{check} --version` says why"),
+        ),
+    }
 }
 
 fn is_executable(path: &Path) -> bool {

@@ -5,7 +5,6 @@ use std::{
     env,
     ffi::OsString,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use toml::{Table, Value};
@@ -15,6 +14,7 @@ use super::{
     files::{matching, table},
     finding, in_path,
     process::processes,
+    version_finding, version_of,
 };
 
 const CHECK: &str = "containerd";
@@ -53,42 +53,17 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
             "",
         )];
     };
-    let output = Command::new(program).arg("--version").output();
-    let told = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    let version = version(&told.unwrap_or_default());
+    let version = version_of(&program);
     vec![
-        version_finding(version),
+        told(version),
         handler_finding(&host.root, version),
         path_finding(host),
     ]
 }
 
-/// Major and minor of `containerd github.com/containerd/containerd VERSION ...`.
-fn version(text: &str) -> Option<(u32, u32)> {
-    let word = text.split_whitespace().nth(2)?.trim_start_matches('v');
-    let mut numbers = word.split('.').map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
-}
-
-fn version_finding(version: Option<(u32, u32)>) -> Finding {
-    match version {
-        Some((major, minor)) => finding(
-            CHECK,
-            if (major, minor) >= OLDEST {
-                Verdict::Ok
-            } else {
-                Verdict::Warning
-            },
-            format!("version {major}.{minor}"),
-            "husk is tested with containerd 1.7 and newer",
-        ),
-        None => finding(
-            CHECK,
-            Verdict::Warning,
-            "it does not tell its version",
-            "`containerd --version` says why",
-        ),
-    }
+fn told(version: Option<(u32, u32)>) -> Finding {
+    let remedy = "husk is tested with containerd 1.7 and newer";
+    version_finding(CHECK, version, OLDEST, remedy)
 }
 
 /// What the configuration says of husk.
@@ -231,7 +206,7 @@ pub(super) fn has_shim(host: &Host, check: &'static str, path: Option<OsString>)
 mod tests {
     use std::fs;
 
-    use super::*;
+    use super::{super::version_in, *};
 
     fn root(files: &[(&str, &str)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
@@ -326,15 +301,15 @@ mod tests {
     fn versions_are_read_as_both_lines_tell_them() {
         let one = "containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+b4\n";
         let two = "containerd github.com/containerd/containerd/v2 v2.1.9 abcdef\n";
-        assert_eq!(version(one), Some((1, 7)));
-        assert_eq!(version(two), Some((2, 1)));
-        assert_eq!(version("containerd"), None);
+        assert_eq!(version_in(one), Some((1, 7)));
+        assert_eq!(version_in(two), Some((2, 1)));
+        assert_eq!(version_in("containerd"), None);
         for (told, verdict) in [
             (Some((1, 6)), Verdict::Warning),
             (Some((2, 1)), Verdict::Ok),
             (None, Verdict::Warning),
         ] {
-            assert_eq!(version_finding(told).verdict, verdict);
+            assert_eq!(super::told(told).verdict, verdict);
         }
     }
 

@@ -10,7 +10,7 @@ use toml::{Table, Value};
 
 use super::{
     Finding, Host, Verdict, below, containerd::SHIM, engine, files, finding, in_path,
-    is_executable, version_of,
+    is_executable, version_finding, version_of,
 };
 
 const CHECK: &str = "podman";
@@ -66,23 +66,8 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
     found
 }
 
-fn version(version: Option<(u32, u32)>) -> Finding {
-    match version {
-        Some((major, minor)) => {
-            let verdict = match (major, minor) >= OLDEST {
-                true => Verdict::Ok,
-                false => Verdict::Warning,
-            };
-            let found = format!("version {major}.{minor}");
-            finding(CHECK, verdict, found, "husk is tested with podman 5")
-        }
-        None => finding(
-            CHECK,
-            Verdict::Warning,
-            "it does not tell its version",
-            "`podman --version` says why",
-        ),
-    }
+fn version(told: Option<(u32, u32)>) -> Finding {
+    version_finding(CHECK, told, OLDEST, "husk is tested with podman 5")
 }
 
 /// What the files say together: a later one's values take the place of an earlier one's.
