@@ -18,6 +18,9 @@ pub const PODMAN: &str = "/usr/bin/podman";
 /// The image that [`Podman::import`] makes.
 pub const IMAGE: &str = "localhost/busybox:e2e";
 
+/// Where it keeps what is of this boot.
+pub const RUN_ROOT: &str = "/run/husk-e2e-podman";
+
 /// podman and the runtime that it is given.
 #[derive(Debug)]
 pub struct Podman {
@@ -34,6 +37,11 @@ impl Podman {
             runtime: runtime.to_owned(),
             dir: "/var/lib/husk-e2e-podman".into(),
         }
+    }
+
+    /// Where it keeps images and containers; buildah may use the same.
+    pub fn storage(&self) -> PathBuf {
+        self.dir.join("storage")
     }
 
     /// Makes [`IMAGE`] of a root file system.
@@ -55,8 +63,8 @@ impl Podman {
         let mut command = Command::new(PODMAN);
         command
             .arg("--root")
-            .arg(self.dir.join("storage"))
-            .args(["--runroot", "/run/husk-e2e-podman"])
+            .arg(self.storage())
+            .args(["--runroot", RUN_ROOT])
             .args(["--cgroup-manager", "cgroupfs", "--events-backend", "file"])
             .arg("--runtime")
             .arg(&self.runtime)

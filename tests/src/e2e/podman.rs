@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Result, ensure};
 use husk_tests::{
     ctr,
-    podman::{IMAGE, PODMAN, Podman},
+    podman::{IMAGE, PODMAN, Podman, RUN_ROOT},
     runtime::Runtime,
     wait,
 };
@@ -254,11 +254,11 @@ fn the_pages_commands(suite: &Context) -> Result<()> {
         &settings,
         "[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\n",
     )?;
-    let graph = podman.dir.join("storage");
+    let graph = podman.storage();
     fs::write(
         &storage,
         format!(
-            "[storage]\ndriver = \"overlay\"\nrunroot = \"/run/husk-e2e-podman\"\ngraphroot = \"{}\"\n",
+            "[storage]\ndriver = \"overlay\"\nrunroot = \"{RUN_ROOT}\"\ngraphroot = \"{}\"\n",
             graph.display()
         ),
     )?;

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use husk_tests::podman::{IMAGE, Podman};
+use husk_tests::podman::{IMAGE, Podman, RUN_ROOT};
 use husk_tests::{ctr, runtime::Runtime};
 
 use crate::{
@@ -24,8 +24,8 @@ fn buildah(podman: &Podman, args: &[&str]) -> Command {
     let mut command = Command::new("buildah");
     command
         .arg("--root")
-        .arg(podman.dir.join("storage"))
-        .args(["--runroot", "/run/husk-e2e-podman"])
+        .arg(podman.storage())
+        .args(["--runroot", RUN_ROOT])
         .args(args);
     command
 }

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use husk_tests::podman::IMAGE;
+use husk_tests::podman::{IMAGE, RUN_ROOT};
 use husk_tests::{ctr, runtime::Runtime, wait};
 
 use crate::context::Context;
@@ -113,8 +113,8 @@ pub fn quadlet(suite: &Context) -> Result<()> {
     let dir = podman.dir.join("units");
     fs::create_dir_all(&dir)?;
     let storage = format!(
-        "--root {} --runroot /run/husk-e2e-podman --cgroup-manager cgroupfs --events-backend file",
-        podman.dir.join("storage").display()
+        "--root {} --runroot {RUN_ROOT} --cgroup-manager cgroupfs --events-backend file",
+        podman.storage().display()
     );
     let unit = format!(
         "[Container]\nImage={IMAGE}\nContainerName=quadlet\nNetwork=none\nGlobalArgs=--runtime {} {storage}\nExec=sh -c 'uname -r; exec sleep 1000'\n",
