@@ -23,22 +23,35 @@ pub(super) fn findings(host: &Host) -> Vec<Finding> {
     }
 }
 
-/// Runtimes by name, with the file that has spoken of each last. A later file's keys take the place of an earlier one's.
-type Runtimes = BTreeMap<String, (PathBuf, Table)>;
+/// What CRI-O's files say. A later file's keys take the place of an earlier one's.
+#[derive(Default)]
+struct Configuration {
+    /// By name, with the file that has spoken of each last.
+    runtimes: BTreeMap<String, (PathBuf, Table)>,
+    /// drop_infra_ctr: a pod that does without has no container of its own.
+    keeps_infra: bool,
+}
 
-fn read(root: &Path) -> Result<Runtimes, String> {
-    let mut found = Runtimes::new();
+fn read(root: &Path) -> Result<Configuration, String> {
+    let mut found = Configuration::default();
     let mut files = vec![PathBuf::from(FILE)];
     files.extend(files::matching(root, Path::new("/etc/crio/crio.conf.d/*")));
     for path in files {
         let Some(table) = files::table(root, &path)? else {
             continue;
         };
-        let runtimes = ["crio", "runtime", "runtimes"]
+        let Some(table) = ["crio", "runtime"]
             .iter()
-            .try_fold(&table, |table, key| table.get(*key)?.as_table());
+            .try_fold(&table, |table, key| table.get(*key)?.as_table())
+        else {
+            continue;
+        };
+        if let Some(drops) = table.get("drop_infra_ctr") {
+            found.keeps_infra = drops == &Value::Boolean(false);
+        }
+        let runtimes = table.get("runtimes").and_then(Value::as_table);
         for (name, runtime) in runtimes.into_iter().flatten() {
-            let (last, all) = found.entry(name.clone()).or_default();
+            let (last, all) = found.runtimes.entry(name.clone()).or_default();
             last.clone_from(&path);
             all.extend(runtime.as_table().cloned().unwrap_or_default());
         }
@@ -48,8 +61,8 @@ fn read(root: &Path) -> Result<Runtimes, String> {
 
 /// A line for each mistake; without any, one that names husk's runtimes.
 fn runtimes(root: &Path) -> Vec<Finding> {
-    let runtimes = match read(root) {
-        Ok(runtimes) => runtimes,
+    let configuration = match read(root) {
+        Ok(configuration) => configuration,
         Err(error) => {
             let remedy = "CRI-O does not start with it either: mend it; `crio config` says more";
             return vec![finding(CHECK, Verdict::Warning, error, remedy)];
@@ -57,7 +70,8 @@ fn runtimes(root: &Path) -> Vec<Finding> {
     };
     let mut husks = Vec::new();
     let mut found = Vec::new();
-    for (name, (path, runtime)) in &runtimes {
+    let mut wrong = |what, remedy| found.push(finding(CHECK, Verdict::Warning, what, remedy));
+    for (name, (path, runtime)) in &configuration.runtimes {
         let program = runtime
             .get("runtime_path")
             .and_then(Value::as_str)
@@ -66,18 +80,20 @@ fn runtimes(root: &Path) -> Vec<Finding> {
             continue;
         }
         husks.push(name.as_str());
-        found.extend(
-            mistakes(root, program, runtime)
-                .into_iter()
-                .map(|(what, line)| {
-                    finding(
-                        CHECK,
-                        Verdict::Warning,
-                        format!("{}: the runtime {name} {what}", path.display()),
-                        format!("write below [crio.runtime.runtimes.{name}]: {line}"),
-                    )
-                }),
-        );
+        let said = |what: &str| format!("{}: the runtime {name} {what}", path.display());
+        let (kind, mistakes) = mistakes(root, program, runtime);
+        for (what, line) in mistakes {
+            let remedy = format!("write below [crio.runtime.runtimes.{name}]: {line}");
+            wrong(said(&what), remedy);
+        }
+        if kind == Kind::Oci && !configuration.keeps_infra {
+            wrong(
+                said(
+                    "is of the type oci, whose pods have no VM where CRI-O makes no container of their own",
+                ),
+                "write below [crio.runtime]: drop_infra_ctr = false".to_owned(),
+            );
+        }
     }
     if husks.is_empty() {
         return vec![finding(CHECK, Verdict::Warning, "none is husk", LINES)];
@@ -89,35 +105,53 @@ fn runtimes(root: &Path) -> Vec<Finding> {
     found
 }
 
-/// What is wrong with a runtime that is husk, each with the line to write.
-fn mistakes(root: &Path, program: &str, runtime: &Table) -> Vec<(String, String)> {
+/// How CRI-O starts pods: its `runtime_type`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Vm,
+    Oci,
+}
+
+impl Kind {
+    /// The name of the program that it is done with.
+    fn program(self) -> &'static str {
+        match self {
+            Self::Vm => SHIM,
+            Self::Oci => "husk-oci",
+        }
+    }
+}
+
+/// What is wrong with a runtime that is husk, each with the line to write below its name.
+fn mistakes(root: &Path, program: &str, runtime: &Table) -> (Kind, Vec<(String, String)>) {
     let mut found = Vec::new();
     let mut wrong = |what: String, line: &str| found.push((what, line.to_owned()));
-    let kind = runtime.get("runtime_type").and_then(Value::as_str);
-    if kind != Some("vm") {
-        wrong(
-            match kind {
+    let kind = match runtime.get("runtime_type").and_then(Value::as_str) {
+        // CRI-O's default is oci.
+        None | Some("" | "oci") if program.ends_with(Kind::Oci.program()) => Kind::Oci,
+        Some("vm") => Kind::Vm,
+        kind => {
+            let what = match kind {
                 Some(kind) => format!("has the runtime_type {kind:?}"),
                 None => "has no runtime_type".to_owned(),
-            },
-            "runtime_type = \"vm\"",
-        );
-    }
-    let shim = format!("runtime_path = \"/usr/local/bin/{SHIM}\"");
+            };
+            wrong(what, "runtime_type = \"vm\"");
+            Kind::Vm
+        }
+    };
+    let name = kind.program();
+    let line = format!("runtime_path = \"/usr/local/bin/{name}\"");
     if program.is_empty() {
-        wrong("has no runtime_path".to_owned(), &shim);
-    } else if !program.ends_with(SHIM) {
-        wrong(
-            format!("has the runtime_path {program}, which is not that of {SHIM}"),
-            &shim,
-        );
+        wrong("has no runtime_path".to_owned(), &line);
+    } else if !program.ends_with(name) {
+        let what = format!("has the runtime_path {program}, which is not that of {name}");
+        wrong(what, &line);
     } else if !is_executable(&below(root, Path::new(program))) {
-        wrong(
-            format!("has the runtime_path {program}, where no program is"),
-            &shim,
-        );
+        let what = format!("has the runtime_path {program}, where no program is");
+        wrong(what, &line);
     }
-    if runtime.contains_key("runtime_config_path") {
+    // CRI-O reads it for the type vm alone.
+    if kind == Kind::Vm && runtime.contains_key("runtime_config_path") {
         wrong(
             "has a runtime_config_path, with which no pod starts: it comes when the VM runs"
                 .to_owned(),
@@ -131,7 +165,7 @@ fn mistakes(root: &Path, program: &str, runtime: &Table) -> Vec<(String, String)
             "privileged_without_host_devices = true",
         );
     }
-    found
+    (kind, found)
 }
 
 #[cfg(test)]
@@ -145,7 +179,12 @@ mod tests {
 
     fn said(files: &[(&str, &str)]) -> Vec<Finding> {
         let dir = tempfile::tempdir().unwrap();
-        for (name, text) in [files, &[("usr/local/bin/containerd-shim-husk-v2", "")]].concat() {
+        let programs = ["containerd-shim-husk-v2", "husk-oci"]
+            .map(|name| (format!("usr/local/bin/{name}"), String::new()));
+        let files = files
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), (*text).to_owned()));
+        for (name, text) in files.chain(programs) {
             let path = dir.path().join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, text).unwrap();
@@ -177,6 +216,37 @@ mod tests {
             root: none.path().to_owned(),
         };
         assert!(findings(&host).is_empty());
+    }
+
+    /// docs/engines/cri-o.md has both ways.
+    #[test]
+    fn husk_oci_is_well_where_pods_have_a_container_of_their_own() {
+        let oci = "[crio.runtime.runtimes.husk]\nruntime_path = \"/usr/local/bin/husk-oci\"\nprivileged_without_host_devices = true\n";
+        let keeps = "[crio.runtime]\ndrop_infra_ctr = false\n";
+        for kind in ["", "runtime_type = \"oci\"\n", "runtime_type = \"\"\n"] {
+            let found = said(&[
+                (OURS, &format!("{oci}{kind}")),
+                ("etc/crio/crio.conf", keeps),
+            ]);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].verdict, Verdict::Ok, "{found:?}");
+        }
+        for other in ["", "[crio.runtime]\ndrop_infra_ctr = true\n"] {
+            let found = said(&[(OURS, oci), ("etc/crio/crio.conf.d/20-other.conf", other)]);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].verdict, Verdict::Warning, "{found:?}");
+            let remedy = "write below [crio.runtime]: drop_infra_ctr = false";
+            assert_eq!(found[0].remedy, remedy);
+        }
+        let gone = said(&[
+            (OURS, &oci.replace("/usr/local", "/opt")),
+            ("etc/crio/crio.conf", keeps),
+        ]);
+        assert!(
+            gone[0].found.contains("where no program is")
+                && gone[0].remedy.contains("/usr/local/bin/husk-oci"),
+            "{gone:?}"
+        );
     }
 
     #[test]
