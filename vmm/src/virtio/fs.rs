@@ -10,6 +10,8 @@
 //! need not ask for `security.capability` before every write. Each mount below the share is announced and becomes a
 //! mount of its own in the guest, because inode numbers of different file systems collide.
 //!
+//! Under [`CachePolicy::Auto`] an open shows what was written on the host before it; [`kept`] has what the guest need not read again for that.
+//!
 //! Not there, because virtiofsd has none: `O_TMPFILE` (programs fall back to a named file) and locks that reach the host
 //! (`flock` and POSIX locks hold within the pod).
 //!
@@ -22,6 +24,8 @@
 //! the entry stale and forgets that one too. The agent does look (`agent/src/share.rs`). Under [`CachePolicy::Always`] the entry stays
 //! good, so there the disk's room comes back with the end of the pod.
 
+mod files;
+mod kept;
 mod memory;
 mod pool;
 mod request;
@@ -34,6 +38,8 @@ use husk_protocol::vm::CachePolicy;
 use virtiofsd::passthrough::{self, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
+use self::files::Files;
+use self::kept::{Kept, SETTLED};
 use self::pool::{Shared, threads};
 use super::worker::Worker;
 use super::{ActivateError, Activation, VirtioDevice, read_bytes};
@@ -65,6 +71,8 @@ pub struct Fs {
     cache: CachePolicy,
     /// How many share the process's fds, this one included.
     shares: u64,
+    /// How old a file's last change has to be for the guest to keep what it has of it ([`kept`]).
+    settled: Duration,
     worker: Option<Worker>,
 }
 
@@ -86,11 +94,12 @@ impl Fs {
             root,
             cache,
             shares: shares as u64,
+            settled: SETTLED,
             worker: None,
         })
     }
 
-    fn server(&self) -> io::Result<Server<PassthroughFs>> {
+    fn server(&self) -> io::Result<Server<Files>> {
         let limit = privileges::descriptor_limit();
         // What differs from one policy to the next: how long, which mode, and whether listing looks up as well.
         let (timeout, cache_policy) = match self.cache {
@@ -114,7 +123,8 @@ impl Fs {
             guest_fd_limit: fd_limit(limit, self.shares),
             ..passthrough::Config::default()
         };
-        Ok(Server::new(PassthroughFs::new(config)?))
+        let kept = (self.cache == CachePolicy::Auto).then(|| Kept::new(self.settled));
+        Ok(Server::new(Files::new(PassthroughFs::new(config)?, kept)))
     }
 }
 

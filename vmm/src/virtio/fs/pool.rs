@@ -5,12 +5,12 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::server::Server;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::files::Files;
 use super::memory::{BUFFER_LEN, Scratch};
 use super::request::{self, FIXED_LEN, HEADER_LEN, REPLY_BYTES, REPLY_LEN};
 use crate::virtio::queue::{Chain, DeviceQueue, Short};
@@ -25,7 +25,7 @@ const MAX_BYTES: u32 = 4 << 20;
 
 /// What the threads share.
 pub struct Shared {
-    server: Server<PassthroughFs>,
+    server: Server<Files>,
     memory: GuestMemoryMmap,
     queues: Vec<FsQueue>,
 }
@@ -47,10 +47,7 @@ impl Shared {
     ///
     /// # Errors
     /// [`ActivateError`] when one is missing or the host refuses.
-    pub fn new(
-        server: Server<PassthroughFs>,
-        activation: Activation,
-    ) -> Result<Self, ActivateError> {
+    pub fn new(server: Server<Files>, activation: Activation) -> Result<Self, ActivateError> {
         let memory = GuestMemoryMmap::clone(&activation.memory.memory());
         let mut queues = Vec::new();
         for (queue, index) in activation.queues.into_iter().zip(0u16..) {

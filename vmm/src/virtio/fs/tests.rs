@@ -12,6 +12,7 @@ use super::*;
 use crate::virtio::testing::Guest;
 
 mod hostile;
+mod kept;
 
 const HIPRIO: usize = 0;
 const REQUEST: usize = 1;
@@ -74,8 +75,13 @@ fn name(name: &str) -> Vec<u8> {
 
 impl Client {
     fn mount(root: &Path, cache: CachePolicy) -> Self {
+        Self::mount_settled(root, cache, SETTLED)
+    }
+
+    fn mount_settled(root: &Path, cache: CachePolicy, settled: Duration) -> Self {
         let fd = OwnedFd::from(fs::File::open(root).unwrap());
-        let device = Fs::new("share", Root::outside(fd).unwrap(), cache, 1).unwrap();
+        let mut device = Fs::new("share", Root::outside(fd).unwrap(), cache, 1).unwrap();
+        device.settled = settled;
         let mut client = Self {
             guest: Guest::start(Box::new(device), 128),
             unique: 0,
