@@ -1,6 +1,6 @@
-//! systemd as a container's first process, in podman: the commands of docs/engines/systemd.md, and what they come to.
+//! systemd as a container's first process, in podman and in Docker: the commands of docs/engines/systemd.md, and what they come to.
 //!
-//! The control has the same commands: podman's runtime `husk` is crun then.
+//! The controls have the same commands: podman's runtime `husk` is crun then, and Docker's default is runc.
 
 use std::{fs, path::Path, process::Command, sync::OnceLock};
 
@@ -14,7 +14,10 @@ use husk_tests::{
 
 use crate::{Test, context::Context, test};
 
-pub const TESTS: &[Test] = &[test("in_podman", podman).needs("/usr/bin/podman")];
+pub const TESTS: &[Test] = &[
+    test("in_podman", podman).needs("/usr/bin/podman"),
+    test("in_docker", docker).needs("/usr/sbin/dockerd"),
+];
 
 const PAGE: &str = include_str!("../../../docs/engines/systemd.md");
 /// On a disk, as an overlay's upper directory is.
@@ -72,40 +75,20 @@ fn tree() -> Result<String> {
     Ok(tree)
 }
 
-/// husk's own settings on this machine, which has none otherwise.
-struct Settings;
-
-impl Settings {
-    const PATH: &str = "/etc/husk/config.toml";
-
-    fn write(text: &str) -> Result<Self> {
-        fs::create_dir_all("/etc/husk")?;
-        ensure!(!Path::new(Self::PATH).exists(), "{} is there", Self::PATH);
-        fs::write(Self::PATH, text)?;
-        Ok(Self)
-    }
-}
-
-impl Drop for Settings {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(Self::PATH);
-    }
-}
-
-/// An engine's shell, with what takes the place of the page's IMAGE.
-struct Engine {
+/// An engine, with what takes the place of the page's IMAGE.
+struct Engine<'a> {
     name: &'static str,
     image: String,
-    variables: Vec<(&'static str, String)>,
+    /// What podman and Docker say of the container that has been stopped.
+    ended: &'static str,
+    /// A shell that finds it.
+    shell: &'a dyn Fn() -> Command,
 }
 
-impl Engine {
+impl Engine<'_> {
     fn sh(&self, line: &str) -> Result<Output> {
-        let mut command = Command::new("sh");
-        command
-            .args(["-ec", &line.replace("IMAGE", &self.image)])
-            .envs(self.variables.iter().map(|(key, value)| (key, value)));
-        ctr::output(&mut command)
+        let line = line.replace("IMAGE", &self.image);
+        ctr::output((self.shell)().args(["-ec", &line]))
     }
 
     fn machine(&self, verb: &str, rest: &str) -> Result<String> {
@@ -113,8 +96,16 @@ impl Engine {
         Ok(self.sh(&line)?.ok()?.text())
     }
 
-    /// The page's commands, one after another.
+    /// The page's commands, one after another; without a trace, also where they fail.
     fn follow(&self, heading: &str) -> Result<()> {
+        let followed = self.to_the_end(heading);
+        if followed.is_err() {
+            let _ = self.sh(&format!("{} rm -f machine", self.name));
+        }
+        followed
+    }
+
+    fn to_the_end(&self, heading: &str) -> Result<()> {
         let commands = commands(heading)?;
         let [run, is_running, restart, journal, stop, remove] = commands.as_slice() else {
             anyhow::bail!("{commands:?}");
@@ -122,7 +113,11 @@ impl Engine {
         self.sh(run)?.ok()?;
         // Its console: to ask inside would slow it down, and there is nobody to answer yet. Step by step, as it takes long, and by names that it
         // does not abbreviate.
-        for line in ["systemd-journald.service", "sysinit.target", "login:"] {
+        for line in [
+            "systemd-journald.service",
+            "sysinit.target",
+            "Graphical Interface",
+        ] {
             wait::until(&format!("{line:?} on the console"), || {
                 let log = self.sh(&format!("{} logs machine", self.name)).ok()?;
                 log.text().contains(line).then_some(())
@@ -141,7 +136,8 @@ impl Engine {
         let seen = self.machine("exec", &format!("sh -c '{LOOK}'"))?;
         let wanted = ["systemd", "32", "nginx", "inactive", "active"];
         ensure!(seen.lines().eq(wanted), "{seen}");
-        let address = self.machine("inspect --format '{{.NetworkSettings.IPAddress}}'", "")?;
+        let address = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
+        let address = self.machine(&format!("inspect --format '{address}'"), "")?;
         let page = host::run(&[
             "busybox",
             "wget",
@@ -155,7 +151,7 @@ impl Engine {
         let state = "{{.State.Status}} {{.State.ExitCode}}";
         let state = self.machine(&format!("inspect --format '{state}'"), "")?;
         ensure!(
-            state == "exited 0",
+            state == self.ended,
             "{state}: {:?}",
             self.machine("logs", "")
         );
@@ -185,23 +181,32 @@ fn podman(suite: &Context) -> Result<()> {
             "[storage]\ndriver = \"overlay\"\nrunroot = \"/run/husk-e2e-systemd\"\ngraphroot = \"{DIR}/storage\"\n"
         ),
     )?;
+    let shell = || {
+        let mut shell = Command::new("sh");
+        shell
+            .env("CONTAINERS_CONF_OVERRIDE", &settings)
+            .env("CONTAINERS_STORAGE_CONF", &storage);
+        shell
+    };
     let engine = Engine {
         name: "podman",
         image: format!("--rootfs {tree}:O"),
-        variables: [
-            ("CONTAINERS_CONF_OVERRIDE", settings),
-            ("CONTAINERS_STORAGE_CONF", storage),
-        ]
-        .map(|(name, path)| (name, path.display().to_string()))
-        .into(),
+        ended: "exited 0",
+        shell: &shell,
     };
-    let _settings = match suite.runtime {
-        Runtime::Husk => Some(Settings::write("cache = \"always\"\n")?),
-        _ => None,
+    engine.follow("podman")
+}
+
+fn docker(suite: &Context) -> Result<()> {
+    const IMAGE: &str = "machine:husk";
+    let docker = suite.docker()?;
+    docker.import(Path::new(&tree()?), IMAGE)?;
+    let engine = Engine {
+        name: "docker",
+        image: IMAGE.to_owned(),
+        // It has CAP_SYS_BOOT, and to halt a pid namespace is to end its first process with SIGINT (reboot(2)).
+        ended: "exited 130",
+        shell: &|| docker.program("sh"),
     };
-    let followed = engine.follow("podman");
-    if followed.is_err() {
-        let _ = engine.sh("podman rm -f -t 0 machine");
-    }
-    followed
+    engine.follow("Docker")
 }

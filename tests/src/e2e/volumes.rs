@@ -1,16 +1,17 @@
-//! Volumes that the kubelet keeps up to date: who watches one in a container is told of each swap, in the steps of a plain host.
+//! Volumes that the host changes. The kubelet keeps some up to date: who watches one in a container is told of each swap, in the steps of a plain
+//! host.
 //!
 //! busybox has no inotifyd in the image, so the watcher is a workload of this binary.
 
 use std::{
     fs, io,
-    os::unix::fs::{PermissionsExt as _, chown, symlink},
+    os::unix::fs::{FileExt as _, PermissionsExt as _, chown, symlink},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use husk_tests::{
-    cri::{container, v1},
+    cri::{PodContainer, container, v1},
     wait,
 };
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -29,6 +30,9 @@ pub const TESTS: &[Test] = &[test(
 
 /// The group of the volume's files, as a pod's fsGroup gives them one.
 const GROUP: u32 = 2000;
+
+/// A file that nobody has changed since the testbed's image was made: a guest keeps what it has of such a file.
+const OLD: (&str, &str) = ("/srv/debian-rootfs/etc", "issue.net");
 
 /// A volume on the host, written as the kubelet's AtomicWriter does (`pkg/volume/util/atomic_writer.go`).
 struct Volume(PathBuf);
@@ -79,9 +83,10 @@ fn swap_is_seen(suite: &Context) -> Result<()> {
 
     let pod = suite.cri()?.pod()?;
     let start = |mut config: v1::ContainerConfig| {
-        config
-            .mounts
-            .push(workload::mount(&volume.0, "/etc/config"));
+        config.mounts.extend([
+            workload::mount(&volume.0, "/etc/config"),
+            workload::mount(Path::new(OLD.0), "/etc/old"),
+        ]);
         pod.start(config)
     };
     let watcher = start(workload.container(&["watch-workload", "/etc/config"]))?;
@@ -131,7 +136,34 @@ fn swap_is_seen(suite: &Context) -> Result<()> {
     volume.write("..v3", &["key"])?;
     wait::until("the next swap", || {
         (other.exec(&["cat", "/etc/config/key"]).ok()?.out == "..v3").then_some(())
-    })
+    })?;
+    a_change_that_only_ctime_tells(&other)
+}
+
+/// As tar and rsync make it, which put mtime back: the guest's kernel looks at size and mtime alone.
+fn a_change_that_only_ctime_tells(container: &PodContainer<'_>) -> Result<()> {
+    let path = Path::new(OLD.0).join(OLD.1);
+    let inside = format!("/etc/old/{}", OLD.1);
+    let read = || container.exec(&["cat", &inside])?.ok();
+    let before = fs::read(&path)?;
+    ensure!(before.len() > 1, "{} is empty", path.display());
+    // Read, so that the guest has it; opened, so that it knows that it may keep it.
+    for _ in 0..3 {
+        ensure!(read()?.as_bytes() == before.trim_ascii());
+    }
+    let file = fs::File::options().write(true).open(&path)?;
+    let modified = file.metadata()?.modified()?;
+    file.write_all_at(b"#", 0)?;
+    file.set_modified(modified)?;
+    let seen = read()?;
+    file.write_all_at(&before[..1], 0)?;
+    file.set_modified(modified)?;
+    ensure!(
+        seen.starts_with('#') && seen.len() == before.trim_ascii().len(),
+        "{seen:?}"
+    );
+    ensure!(read()?.as_bytes() == before.trim_ascii());
+    Ok(())
 }
 
 /// The watcher: tells what happens in a directory until it is killed, and at each swap what is read then.
