@@ -66,7 +66,8 @@ pub fn privileged(suite: &Context) -> Result<()> {
     let docker = suite.docker()?;
     fs::write("/dev/shm/husk-of-the-host", "")?;
     let script = "uname -r; hostname; ls /dev/shm; test -e /dev/vda || echo no disk; grep CapEff /proc/self/status
-        mount -t tmpfs none /tmp && echo mounted; cat /proc/1/comm; ps | grep -c [d]ockerd";
+        mount -t tmpfs none /tmp && echo mounted; cat /proc/1/comm; ps | grep -c [d]ockerd
+        grep -c ::/. /proc/self/cgroup";
     let flags = [
         "run",
         "--rm",
@@ -79,6 +80,8 @@ pub fn privileged(suite: &Context) -> Result<()> {
         "host",
         "--uts",
         "host",
+        "--cgroupns",
+        "host",
     ];
     let ran = docker.run(&[&flags[..], &[BUSYBOX, "sh", "-c", script]].concat());
     fs::remove_file("/dev/shm/husk-of-the-host")?;
@@ -86,7 +89,7 @@ pub fn privileged(suite: &Context) -> Result<()> {
     let (kernel, rest) = text.split_once('\n').unwrap_or_default();
     ensure!(
         kernel.ends_with("-husk")
-            && rest == "husk\nno disk\nCapEff:\t000001ffffffffff\nmounted\ninit\n0",
+            && rest == "husk\nno disk\nCapEff:\t000001ffffffffff\nmounted\ninit\n0\n1",
         "{text}"
     );
     Ok(())
