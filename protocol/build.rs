@@ -1,4 +1,4 @@
-//! Generates the agent API from `proto/agent.proto`, in pure Rust: no protoc is needed.
+//! Generates the agent API and the shim's own from `proto/`, in pure Rust: no protoc is needed.
 
 use std::{env, fs, io, path::PathBuf};
 
@@ -6,7 +6,7 @@ fn main() -> io::Result<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
     ttrpc_codegen::Codegen::new()
         .out_dir(&out)
-        .input("proto/agent.proto")
+        .inputs(["proto/agent.proto", "proto/shim.proto"])
         .include("proto")
         .rust_protobuf()
         .customize(ttrpc_codegen::Customize {
@@ -16,7 +16,7 @@ fn main() -> io::Result<()> {
         .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(false))
         .run()?;
     // `include!` of a whole file cannot carry inner attributes or inner docs: drop them.
-    for name in ["agent.rs", "agent_ttrpc.rs"] {
+    for name in ["agent.rs", "agent_ttrpc.rs", "shim_ttrpc.rs"] {
         let path = out.join(name);
         let text = fs::read_to_string(&path)?;
         let kept: Vec<&str> = text
@@ -25,6 +25,6 @@ fn main() -> io::Result<()> {
             .collect();
         fs::write(&path, kept.join("\n"))?;
     }
-    println!("cargo:rerun-if-changed=proto/agent.proto");
+    println!("cargo:rerun-if-changed=proto");
     Ok(())
 }

@@ -344,6 +344,14 @@ impl<R: Runtime> Containers<R> {
         Ok(procs.into_iter().map(|pid| (pid, exec_of(pid))).collect())
     }
 
+    /// The pid of the container's init.
+    ///
+    /// # Errors
+    /// No such container.
+    pub fn init(&self, id: &str) -> Result<i32, AgentError> {
+        Ok(self.entry(id)?.init.pid())
+    }
+
     /// Kills what runs in a container, undoes its set-up and forgets it. One that is not there is deleted already.
     ///
     /// # Errors

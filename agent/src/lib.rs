@@ -4,7 +4,7 @@
 //! containers in, `dial` connects to the host, `service` answers its calls: `sandbox` and `net` for those about the guest,
 //! `containers` for those about containers, each a `container` (its set-up) with its `process`es and their `stream`s; `volume` for
 //! the directories of the host's that are copied; `forward` for port-forwards; `users` for a pod with users of its own; `share` for what was
-//! the host's and has gone. `reaper` learns how processes end, `events` what happens unasked.
+//! the host's and has gone; `processes` for what is told of a container's. `reaper` learns how processes end, `events` what happens unasked.
 
 pub mod boot;
 pub mod cgroup;
@@ -28,6 +28,7 @@ pub mod net;
 pub mod polled;
 pub mod power;
 pub mod process;
+pub mod processes;
 pub mod reaper;
 pub mod runtime;
 pub mod sandbox;

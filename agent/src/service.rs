@@ -7,18 +7,20 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use husk_protocol::agent::{
     AdjustClockRequest, AdjustClockResponse, Agent, ContainerRequest, ContainerStatsResponse,
     CreateContainerRequest, CreateContainerResponse, CreateSandboxRequest, CreateSandboxResponse,
-    Empty, Event, ExecProcessRequest, ExecProcessResponse, ForwardPortRequest,
-    ListProcessesResponse, Network, OomKill, ProcessInfo, ProcessRequest, ResizeRequest,
-    ResizeResponse, ResizeTerminalRequest, ServeNamesRequest, SignalProcessRequest,
+    DescribeProcessesResponse, Empty, Event, ExecProcessRequest, ExecProcessResponse,
+    ForwardPortRequest, ListProcessesResponse, Network, OomKill, ProcessInfo, ProcessRequest,
+    ResizeRequest, ResizeResponse, ResizeTerminalRequest, ServeNamesRequest, SignalProcessRequest,
     SyncVolumeRequest, UpdateContainerRequest, WaitProcessResponse, create_agent, event,
 };
 use husk_protocol::guest_path;
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
+use tokio::time::timeout;
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, TtrpcContext};
 
@@ -34,6 +36,7 @@ use crate::forward;
 use crate::names;
 use crate::net;
 use crate::polled::Polled;
+use crate::processes;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
 use crate::sandbox::{self, Milestones};
@@ -44,6 +47,9 @@ use crate::volume::{self, Volumes};
 /// Turns given to the runtime for the reply of the last call to leave.
 const LAST_TURNS: usize = 32;
 
+/// How long a description of processes waits for another one.
+const TURN: Duration = Duration::from_secs(5);
+
 /// The agent API.
 pub struct Service<R: Runtime> {
     containers: Arc<Containers<R>>,
@@ -53,6 +59,8 @@ pub struct Service<R: Runtime> {
     milestones: Milestones,
     set_up: AtomicBool,
     serves_names: AtomicBool,
+    /// Held by who describes processes.
+    describing: Arc<Mutex<()>>,
     over: Arc<Notify>,
 }
 
@@ -85,6 +93,7 @@ impl<R: Runtime> Service<R> {
             milestones,
             set_up: AtomicBool::new(false),
             serves_names: AtomicBool::new(false),
+            describing: Arc::default(),
             over: Arc::new(Notify::new()),
         })
     }
@@ -431,6 +440,30 @@ impl<R: Runtime> Agent for Service<R> {
             processes,
             ..Default::default()
         })
+    }
+
+    async fn describe_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<DescribeProcessesResponse> {
+        let (containers, id) = (Arc::clone(&self.containers), request.container_id);
+        let failed = |e| AgentError::guest("describing the processes of a container", e);
+        // A command line is its process' memory, which may let nobody read on: that holds up one thread and no more.
+        let turn = Arc::clone(&self.describing).lock_owned();
+        let turn = timeout(TURN, turn).await;
+        let turn = turn.map_err(|_| failed(io::ErrorKind::ResourceBusy.into()))?;
+        off_the_runtime("describing processes", move || {
+            let own: Vec<i32> = containers
+                .list(&id)?
+                .into_iter()
+                .map(|(pid, _)| pid)
+                .collect();
+            let described = processes::describe(Path::new("/proc"), containers.init(&id)?, &own);
+            drop(turn);
+            described.map_err(failed)
+        })
+        .await
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {

@@ -16,5 +16,6 @@ mod limits;
 mod namespaces;
 mod pid1;
 mod process;
+mod processes;
 mod seccomp;
 mod support;

@@ -296,6 +296,25 @@ async fn execs_come_and_go_beside_the_init() {
         "{execs:?}"
     );
 
+    let described = guest
+        .client
+        .describe_processes(context::Context::default(), &container("c"))
+        .await
+        .unwrap();
+    for listed in &listed.processes {
+        let told = described
+            .processes
+            .iter()
+            .find(|told| told.pid == listed.pid);
+        assert!(told.is_some_and(|told| !told.stat.is_empty()), "{listed:?}");
+    }
+    let missing = container("x");
+    let missing = guest
+        .client
+        .describe_processes(context::Context::default(), &missing)
+        .await;
+    assert_eq!(code(missing).0, Code::NOT_FOUND);
+
     guest.signal("c", "a", libc::SIGUSR1, false).await.unwrap();
     assert_eq!(guest.wait("c", "a").await.unwrap().exit_status, 128 + 10);
     // The end of the init is the end of everything in the container.
