@@ -8,12 +8,16 @@ mod frames;
 
 use std::{future::Future, time::Duration};
 
-use husk_protocol::agent::{
-    AdjustClockRequest, AgentClient, ContainerRequest, ContainerStatsResponse,
-    CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse, Empty, Event,
-    ExecProcessRequest, ForwardPortRequest, Network, ProcessRequest, ResizeRequest,
-    ResizeTerminalRequest, ServeNamesRequest, SignalProcessRequest, Stdio, SyncVolumeRequest,
-    UpdateContainerRequest, WaitProcessResponse,
+use husk_protocol::{
+    agent::{
+        AdjustClockRequest, AgentClient, ContainerRequest, ContainerStatsResponse,
+        CreateContainerRequest, CreateSandboxRequest, CreateSandboxResponse,
+        DescribeProcessesResponse, Empty, Event, ExecProcessRequest, ForwardPortRequest, Network,
+        ProcessRequest, ResizeRequest, ResizeTerminalRequest, ServeNamesRequest,
+        SignalProcessRequest, Stdio, SyncVolumeRequest, UpdateContainerRequest,
+        WaitProcessResponse,
+    },
+    processes::MAX_PROCESSES,
 };
 use tokio::{net::UnixStream, time::timeout};
 use ttrpc::{r#async::Client, asynchronous::transport::Socket, context::Context};
@@ -263,6 +267,22 @@ impl Agent {
         let call = self.client.list_processes(Context::default(), &request);
         let answer = self.call("count the container's processes", Some(COUNT), call);
         Ok(answer.await?.processes.len())
+    }
+
+    /// What the guest tells of the processes that a container sees, of as many as it may tell of. What it says of each nobody has looked at.
+    ///
+    /// # Errors
+    /// As [`Self::create_sandbox`].
+    pub async fn describe_processes(
+        &self,
+        id: &str,
+    ) -> Result<DescribeProcessesResponse, TaskError> {
+        let request = container(id);
+        let call = self.client.describe_processes(Context::default(), &request);
+        let answer = self.call("describe the processes", Some(ON_THE_SPOT), call);
+        let mut told = answer.await?;
+        told.processes.truncate(MAX_PROCESSES);
+        Ok(told)
     }
 
     /// Runs a further process.

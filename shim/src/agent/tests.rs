@@ -50,6 +50,7 @@ async fn every_call_has_an_end_though_nobody_answers() {
         agent.update_container("c", vec![]).await,
         agent.stats("c").await.map(drop),
         agent.count_processes("c").await.map(drop),
+        agent.describe_processes("c").await.map(drop),
         agent.exec("c", "e", vec![], Stdio::default()).await,
         agent.signal("c", "", 9, true).await,
         agent.resize("c", "", 1, 1).await,

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use husk_protocol::agent::ContainerStatsResponse;
+use husk_protocol::agent::{ContainerStatsResponse, DescribeProcessesResponse};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
@@ -262,6 +262,15 @@ impl Container {
             Phase::Running(agent) => agent.count_processes(&self.id).await.ok(),
             _ => None,
         }
+    }
+
+    /// What the guest tells of the processes that the container sees.
+    ///
+    /// # Errors
+    /// As [`Self::stats`].
+    pub async fn describe_processes(&self) -> Result<DescribeProcessesResponse, TaskError> {
+        self.check_alive()?;
+        self.agent().await?.describe_processes(&self.id).await
     }
 
     /// ResizePty.

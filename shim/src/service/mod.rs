@@ -1,7 +1,8 @@
-//! The shim's ttrpc services: the Task API, as containerd 1.7 (v2) and 2.x (v3) call it, and the Sandbox API.
+//! The shim's ttrpc services: the Task API, as containerd 1.7 (v2) and 2.x (v3) call it, the Sandbox API, and one of husk's own.
 //!
 //! The two versions of the Task API have the same messages, so one implementation is registered under both names.
 
+mod guest;
 mod sandbox_api;
 mod stats;
 mod task;
@@ -18,6 +19,7 @@ use std::{
 };
 
 use containerd_shim_protos::{sandbox_async, shim_async::create_task};
+use husk_protocol::shim::create_guest;
 use tokio::net::UnixListener;
 use tracing::info;
 use ttrpc::{
@@ -25,6 +27,7 @@ use ttrpc::{
     asynchronous::{Server, Service, transport::Listener},
 };
 
+pub use guest::GuestService;
 pub use sandbox_api::SandboxService;
 pub use task::TaskService;
 pub use tasks::Tasks;
@@ -88,7 +91,8 @@ pub async fn serve_with(
         .register_service(services(&tasks, V2))
         .register_service(sandbox_async::create_sandbox(Arc::new(
             SandboxService::new(Arc::clone(&tasks)),
-        )));
+        )))
+        .register_service(create_guest(Arc::new(GuestService::new(&tasks))));
     server.start().await?;
     tasks.shut_down().await;
     info!("shut down");

@@ -3,6 +3,7 @@
 mod clock;
 mod forward;
 mod growth;
+mod guest;
 mod network;
 mod sandbox_api;
 mod volumes;

@@ -400,6 +400,22 @@ impl Agent for FakeAgent {
             ..Default::default()
         })
     }
+    async fn describe_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> ttrpc::Result<DescribeProcessesResponse> {
+        let process = agent::ProcessTexts {
+            pid: 1,
+            cmdline: request.container_id.into_bytes(),
+            ..Default::default()
+        };
+        Ok(DescribeProcessesResponse {
+            boot_time: 7,
+            processes: vec![process],
+            ..Default::default()
+        })
+    }
     async fn next_event(&self, _: &TtrpcContext, _: agent::Empty) -> ttrpc::Result<Event> {
         match self.0.events.get() {
             Some(events) => match events.lock().await.recv().await {
