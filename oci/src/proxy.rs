@@ -2,11 +2,13 @@
 //! was given, hands signals on, and ends as the process in the guest does.
 //!
 //! It has nothing of the host but those streams and a connection to the shim. An engine goes by its pid into what it believes to be the container
-//! (`podman cp` and `podman top` join its mount and pid namespaces, other containers its network), so its mount namespace has the container's
-//! files, its pid namespace has nobody else, and its network is the container's. Its own root is an empty directory.
+//! (`podman cp` and `podman top` join its mount namespace, other containers its network), so its mount namespace has the container's
+//! files and a `/proc` that tells of the guest's processes, its pid namespace has nobody else, and its network is the container's. Its own root is an empty directory.
 
 mod console;
 mod files;
+mod proc_fs;
+mod processes;
 mod streams;
 
 use std::{
@@ -25,6 +27,7 @@ use containerd_shim_protos::{
     shim_async::{Client, TaskClient},
 };
 use husk_client::shim::{forever, said, soon};
+use husk_protocol::{agent::ContainerRequest, shim::GuestClient};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::process::setsid;
 use tokio::{
@@ -32,11 +35,13 @@ use tokio::{
     sync::mpsc,
     time::{sleep, timeout},
 };
-use ttrpc::asynchronous::transport::Socket;
+use ttrpc::{asynchronous::transport::Socket, context::with_duration};
 
 use crate::{args, task};
 use console::Console;
 use files::{Files, leave_host};
+use proc_fs::ProcFs;
+use processes::Processes;
 use streams::Streams;
 
 /// What a proxy says once everything is in its hands.
@@ -50,6 +55,9 @@ const REST: Duration = Duration::from_secs(10);
 
 /// How often a terminal's size is told that the guest could not take: before its process was started.
 const AGAIN: Duration = Duration::from_millis(100);
+
+/// How long the guest may take to tell of its processes: longer than the shim gives it.
+const DESCRIPTION: Duration = Duration::from_secs(15);
 
 /// What it ends with where nobody can say how the process did: as after SIGKILL.
 const LOST: u32 = 128 + task::KILL;
@@ -155,6 +163,7 @@ struct Prepared {
     shim: std::os::unix::net::UnixStream,
     streams: Streams,
     console: Option<Console>,
+    proc: Option<ProcFs>,
 }
 
 impl Prepared {
@@ -183,26 +192,41 @@ impl Prepared {
                 || Ok::<_, anyhow::Error>(setns(File::open(network)?, CloneFlags::CLONE_NEWNET)?);
             enter().with_context(|| format!("entering the network {}", network.display()))?;
         }
-        let files = args.spec.as_deref().map(Files::of).transpose()?;
+        // Without FUSE nobody is told of the processes, and all else is as it is.
+        let wanted = args.spec.as_ref().and_then(|_| ProcFs::new().ok());
+        let (proc, mount) = wanted.unzip();
+        let files = args.spec.as_deref().map(|spec| Files::of(spec, mount));
+        let files = files.transpose()?;
         leave_host(&args.pipes, files.as_ref()).context("leaving the host's files")?;
         Ok(Self {
             shim,
             streams,
             console,
+            proc,
         })
     }
 
     /// Waits for the process' end: its exit code.
     async fn wait(self, args: &args::Proxy, mut report: File) -> Result<u32> {
         let stream = tokio::net::UnixStream::from_std(self.shim)?;
+        let client = Client::new(Socket::from(stream));
         let process = Process {
-            tasks: TaskClient::new(Client::new(Socket::from(stream))),
+            tasks: TaskClient::new(client.clone()),
             id: args.id.to_string(),
             exec_id: args.exec_id.clone(),
         };
         let mut signals = signals(self.console.is_some())?;
         let (sender, mut input_ended) = mpsc::unbounded_channel();
         let outputs = self.streams.copy(sender)?;
+        let (asker, mut asked) = mpsc::unbounded_channel::<Answer>();
+        if let Some(proc) = self.proc {
+            let ask = move || {
+                let (answer, answered) = std::sync::mpsc::channel();
+                asker.send(answer).ok()?;
+                answered.recv().ok()
+            };
+            proc.serve(Box::new(ask)).context("starting a thread")?;
+        }
         writeln!(report, "{READY}").context("telling that it is ready")?;
         drop(report);
         let request = WaitRequest {
@@ -228,6 +252,9 @@ impl Prepared {
                     _ => process.kill(number).await,
                 },
                 Some(()) = input_ended.recv() => process.end_input().await,
+                Some(answer) = asked.recv() => {
+                    tokio::spawn(describe(GuestClient::new(client.clone()), process.id.clone(), answer));
+                }
             }
         };
         // A shim that has gone has taken the process along; one that knows nothing of it has deleted it, unstarted.
@@ -294,6 +321,20 @@ impl Process {
             ..DeleteRequest::default()
         };
         let _ = said(self.tasks.delete(soon(), &request).await);
+    }
+}
+
+/// Whom the guest's word on the processes goes to; one that goes without any has failed.
+type Answer = std::sync::mpsc::Sender<Processes>;
+
+async fn describe(guest: GuestClient, container_id: String, answer: Answer) {
+    let request = ContainerRequest {
+        container_id,
+        ..ContainerRequest::default()
+    };
+    let told = guest.describe_processes(with_duration(DESCRIPTION), &request);
+    if let Ok(told) = told.await {
+        let _ = answer.send(told.into());
     }
 }
 

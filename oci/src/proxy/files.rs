@@ -19,13 +19,14 @@ use nix::{
 };
 use rustix::{
     fs::{
-        CWD, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, fstatvfs, open,
-        openat2,
+        CWD, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, fstatvfs, makedev,
+        mkdirat, mknodat, open, openat2,
     },
     io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-        fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+        fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+        open_tree,
     },
 };
 use serde_json::Value;
@@ -37,31 +38,51 @@ const LOCKED: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NODEV)
     .union(MsFlags::MS_NOEXEC);
 
+/// A container's terminals: the major number of those of a devpts (Linux, `Documentation/admin-guide/devices.txt`), and how many are shown.
+const TERMINAL: u32 = 136;
+const TERMINALS: u32 = 8;
+
 /// One mount of a container's.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
     destination: PathBuf,
-    /// Of a bind mount; the guest alone has any other.
-    source: Option<PathBuf>,
+    kind: Kind,
     is_read_only: bool,
 }
 
-/// What a container has, of this host.
+/// What a mount is of.
 #[derive(Debug, PartialEq, Eq)]
+enum Kind {
+    /// A directory or file of this host.
+    Bind(PathBuf),
+    /// A procfs, of which there is something to be told.
+    Proc,
+    /// `/dev`, in which somebody may look for terminals.
+    Devices,
+    /// Those.
+    Terminals,
+    /// Something else that the guest alone has.
+    Guests,
+}
+
+/// What a container has, of this host.
+#[derive(Debug)]
 pub(super) struct Files {
     root: PathBuf,
     mounts: Vec<Mount>,
+    proc: Option<OwnedFd>,
 }
 
 impl Files {
-    /// Of the spec that the shim has been given.
-    pub(super) fn of(spec: &Path) -> Result<Self> {
+    /// Of the spec that the shim has been given, and a file system for where the container has a procfs, if there is one.
+    pub(super) fn of(spec: &Path, proc: Option<OwnedFd>) -> Result<Self> {
         let spec = read_json(spec)?;
         let root = spec["root"]["path"].as_str();
         let mounts = spec["mounts"].as_array().into_iter().flatten();
         Ok(Self {
             root: root.context("the spec has no root.path")?.into(),
             mounts: mounts.filter_map(Mount::of).collect(),
+            proc,
         })
     }
 
@@ -76,6 +97,13 @@ impl Files {
             made.make(&root)
                 .with_context(|| format!("showing {}", made.destination.display()))?;
         }
+        // Last, as nobody serves it yet who could say what is below.
+        let place = self.mounts.iter().rfind(|mount| mount.kind == Kind::Proc);
+        if let (Some(proc), Some(place)) = (&self.proc, place)
+            && let Some(target) = place.target(&root)?
+        {
+            attach(proc, &target).context("showing the processes")?;
+        }
         Ok(())
     }
 }
@@ -84,39 +112,49 @@ impl Mount {
     fn of(mount: &Value) -> Option<Self> {
         let options = mount["options"].as_array();
         let has = |name: &str| options.is_some_and(|list| list.iter().any(|o| o == name));
-        let source = mount["source"].as_str().filter(|_| is_bind(mount));
+        let destination = mount["destination"].as_str()?;
+        let kind = match (mount["type"].as_str(), mount["source"].as_str()) {
+            (_, Some(source)) if is_bind(mount) => Kind::Bind(source.into()),
+            (Some("proc"), _) => Kind::Proc,
+            (Some("tmpfs"), _) if destination == "/dev" => Kind::Devices,
+            (Some("devpts"), _) => Kind::Terminals,
+            _ => Kind::Guests,
+        };
         Some(Self {
-            destination: mount["destination"].as_str()?.into(),
-            source: source.map(PathBuf::from),
+            destination: destination.into(),
+            kind,
             is_read_only: has("ro"),
         })
     }
 
-    /// Below a root whose links lead nowhere else. What is not there is in something that the guest alone has.
-    fn make(&self, root: &OwnedFd) -> Result<()> {
+    /// Where it goes, below a root whose links lead nowhere else. What is not there is in something that the guest alone has.
+    fn target(&self, root: &OwnedFd) -> Result<Option<OwnedFd>> {
         let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let target = match openat2(root, &self.destination, flags, Mode::empty(), inside) {
-            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
-            opened => opened?,
-        };
-        let shown = match &self.source {
-            Some(source) => bind(source, &target, self.is_read_only).is_ok(),
-            None => false,
-        };
-        match shown {
-            true => Ok(()),
-            false => hide(&target),
+        match openat2(root, &self.destination, flags, Mode::empty(), inside) {
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+            opened => Ok(Some(opened?)),
         }
+    }
+
+    fn make(&self, root: &OwnedFd) -> Result<()> {
+        let Some(target) = self.target(root)? else {
+            return Ok(());
+        };
+        let shown = match &self.kind {
+            Kind::Bind(source) if bind(source, &target, self.is_read_only).is_ok() => return Ok(()),
+            // Nobody copies anything there, if it is a directory.
+            _ if !is_directory(&target)? => return Ok(()),
+            Kind::Devices => devices(),
+            Kind::Terminals => terminals(),
+            Kind::Bind(_) | Kind::Proc | Kind::Guests => empty(),
+        };
+        Ok(attach(shown?, &target)?)
     }
 }
 
-/// Has nobody copy anything there, if it is a directory.
-fn hide(target: &OwnedFd) -> Result<()> {
-    match FileType::from_raw_mode(fstat(target)?.st_mode) {
-        FileType::Directory => Ok(attach(empty()?, target)?),
-        _ => Ok(()),
-    }
+fn is_directory(file: &OwnedFd) -> rustix::io::Result<bool> {
+    Ok(FileType::from_raw_mode(fstat(file)?.st_mode) == FileType::Directory)
 }
 
 /// Shows a directory or file, with what is mounted below. The flags are those of the first mount alone.
@@ -138,16 +176,50 @@ fn bind(source: &Path, target: &OwnedFd, is_read_only: bool) -> io::Result<()> {
 
 /// A file system without anything, not attached anywhere.
 fn empty() -> rustix::io::Result<OwnedFd> {
+    fixed(0, |_| Ok(()))
+}
+
+/// One with a place for [`terminals`].
+fn devices() -> rustix::io::Result<OwnedFd> {
+    fixed(1, |root| mkdirat(root, "pts", Mode::from(0o555)))
+}
+
+/// What a process' terminal is found by (`podman top`): the numbers of those that a container has, which nobody can open here.
+fn terminals() -> rustix::io::Result<OwnedFd> {
+    fixed(TERMINALS, |root| {
+        (0..TERMINALS).try_for_each(|number| {
+            let device = makedev(TERMINAL, number);
+            let name = number.to_string();
+            mknodat(
+                root,
+                name,
+                FileType::CharacterDevice,
+                Mode::from(0o600),
+                device,
+            )
+        })
+    })
+}
+
+/// A file system with these entries that nobody can write to, not attached anywhere.
+fn fixed(
+    entries: u32,
+    make: impl FnOnce(&OwnedFd) -> rustix::io::Result<()>,
+) -> rustix::io::Result<OwnedFd> {
     let system = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for (key, value) in [("size", "4k"), ("nr_inodes", "1"), ("mode", "0")] {
+    let inodes = (entries + 1).to_string();
+    for (key, value) in [("size", "4k"), ("nr_inodes", &inodes), ("mode", "0")] {
         fsconfig_set_string(system.as_fd(), key, value)?;
     }
     fsconfig_create(system.as_fd())?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
-        | MountAttrFlags::MOUNT_ATTR_NOSUID
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    fsmount(system.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    let root = fsmount(system.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    make(&root)?;
+    fsconfig_set_flag(system.as_fd(), "ro")?;
+    fsconfig_reconfigure(system.as_fd())?;
+    Ok(root)
 }
 
 fn attach(tree: impl AsFd, target: impl AsFd) -> rustix::io::Result<()> {
@@ -184,7 +256,7 @@ pub(super) fn leave_host(place: &Path, files: Option<&Files>) -> Result<()> {
 mod tests {
     use std::{
         fs::{self, File},
-        os::unix::fs::symlink,
+        os::unix::fs::{MetadataExt as _, symlink},
         sync::mpsc,
         thread,
     };
@@ -192,7 +264,10 @@ mod tests {
     use nix::{sched::setns, unistd::gettid};
     use serde_json::json;
 
-    use super::*;
+    use super::{
+        super::{proc_fs::ProcFs, processes::Processes},
+        *,
+    };
 
     /// Has a thread leave the host, and another go after it by its mount namespace. Needs root, as husk does.
     fn seen(place: &Path, files: Option<&Files>, look: impl FnOnce() + Send) {
@@ -234,6 +309,8 @@ mod tests {
             "root/data",
             "root/fixed",
             "root/tmp",
+            "root/proc",
+            "root/dev",
             "volume",
             "place",
         ] {
@@ -245,6 +322,7 @@ mod tests {
         // A link of the container's own, that would lead to the host.
         symlink("/etc", at("root/link")).unwrap();
         let mount = |to: &str, from: &str, options: &[&str]| json!({"destination": to, "type": "bind", "source": at(from), "options": options});
+        let (proc, told) = ProcFs::new().unwrap();
         let spec = json!({
             "root": {"path": at("root")},
             "mounts": [
@@ -254,10 +332,15 @@ mod tests {
                 mount("/missing/hosts", "hosts", &["bind"]),
                 mount("/etc/passwd", "gone", &["bind"]),
                 {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+                {"destination": "/dev/pts", "type": "devpts", "source": "devpts"},
+                mount("/proc/version", "hosts", &["bind"]),
             ],
         });
         fs::write(at("config.json"), spec.to_string()).unwrap();
-        let files = Files::of(&at("config.json")).unwrap();
+        let files = Files::of(&at("config.json"), Some(told)).unwrap();
+        proc.serve(Box::new(|| Some(Processes::default()))).unwrap();
         let host = fs::read("/etc/hosts").unwrap();
         seen(&at("place"), Some(&files), || {
             let mut names: Vec<_> = fs::read_dir("/")
@@ -265,14 +348,38 @@ mod tests {
                 .map(|entry| entry.unwrap().file_name())
                 .collect();
             names.sort();
-            assert_eq!(names, ["data", "etc", "fixed", "link", "tmp"]);
+            assert_eq!(
+                names,
+                ["data", "dev", "etc", "fixed", "link", "proc", "tmp"]
+            );
             fs::write("/data/copied", "x").unwrap();
             fs::write("/etc/new", "x").unwrap();
             assert_eq!(fs::read_to_string("/etc/hosts").unwrap(), "the engine's");
             assert!(is_read_only("/fixed/x") && is_read_only("/tmp/x"));
+            assert_eq!(fs::read_to_string("/proc/stat").unwrap(), "btime 0\n");
+            assert_eq!(fs::read_dir("/proc").unwrap().count(), 1);
+            assert_eq!(fs::metadata("/dev/pts/7").unwrap().rdev(), makedev(136, 7));
+            assert!(File::open("/dev/pts/0").is_err());
+            assert!(is_read_only("/dev/x") && is_read_only("/dev/pts/x"));
         });
         assert!(at("volume/copied").exists() && at("root/etc/new").exists());
         assert_eq!(fs::read("/etc/hosts").unwrap(), host);
+    }
+
+    #[test]
+    fn without_fuse_nothing_is_told_of_processes() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| dir.path().join(path);
+        fs::create_dir_all(at("root/proc")).unwrap();
+        fs::create_dir(at("place")).unwrap();
+        let proc = json!({"destination": "/proc", "type": "proc", "source": "proc"});
+        let spec = json!({"root": {"path": at("root")}, "mounts": [proc]});
+        fs::write(at("config.json"), spec.to_string()).unwrap();
+        let files = Files::of(&at("config.json"), None).unwrap();
+        seen(&at("place"), Some(&files), || {
+            assert_eq!(fs::read_dir("/proc").unwrap().count(), 0);
+            assert!(is_read_only("/proc/x"));
+        });
     }
 
     #[test]
@@ -286,12 +393,18 @@ mod tests {
 
     #[test]
     fn what_is_no_bind_mount_is_the_guests_alone() {
-        let of = |mount| Mount::of(&mount).map(|mount| (mount.source, mount.is_read_only));
+        let of = |mount| Mount::of(&mount).map(|mount| (mount.kind, mount.is_read_only));
         let proc =
             json!({"destination": "/proc", "type": "proc", "source": "proc", "options": ["ro"]});
-        assert_eq!(of(proc), Some((None, true)));
+        assert_eq!(of(proc), Some((Kind::Proc, true)));
+        let tmpfs = |at| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"});
+        assert_eq!(of(tmpfs("/dev")), Some((Kind::Devices, false)));
+        assert_eq!(of(tmpfs("/tmp")), Some((Kind::Guests, false)));
+        let bound =
+            json!({"destination": "/proc", "type": "proc", "source": "/b", "options": ["rbind"]});
+        assert_eq!(of(bound), Some((Kind::Bind("/b".into()), false)));
         let bound = json!({"destination": "/a", "source": "/b", "options": ["bind"]});
-        assert_eq!(of(bound), Some((Some("/b".into()), false)));
+        assert_eq!(of(bound), Some((Kind::Bind("/b".into()), false)));
         assert_eq!(of(json!({"type": "bind"})), None);
     }
 }

@@ -4,6 +4,7 @@ mod buildah;
 mod by_hand;
 mod copies;
 mod pods;
+mod top;
 
 use std::{
     fs,
@@ -149,6 +150,7 @@ fn lives_again(suite: &Context) -> Result<()> {
         let said = podman.run(&["exec", name, "cat", "/tmp/said"]).ok()?;
         (said.text() == "detached").then_some(())
     })?;
+    top::shows(&podman, name)?;
     ok(&["pause", name])?;
     ensure!(podman.inspect(name, "{{.State.Status}}")? == "paused");
     ok(&["unpause", name])?;
@@ -202,6 +204,8 @@ fn terminals(suite: &Context) -> Result<()> {
     let mut exec = podman.command(&["exec", "-it", "tty", "sh"]);
     let mut other = Session::start(&mut exec, size(20, 40))?;
     has_size(&mut other, "20 40")?;
+    let terminal = top::terminal(&podman, "tty")?;
+    ensure!(terminal == "pts/0", "{terminal}");
     other.type_in("exit 6\n")?;
     ensure!(other.finish()? == 6);
     session.type_in("exit 7\n")?;
