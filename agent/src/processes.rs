@@ -3,7 +3,7 @@
 //! It is read from the agent's own `/proc`, on which no container mounts anything, and its pids are translated: `status` has those of a
 //! process in every pid namespace from the agent's down to its own (proc_pid_status(5)).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::Path;
@@ -13,6 +13,9 @@ use husk_protocol::processes::{MAX_BYTES, MAX_CMDLINE, MAX_LINE, MAX_PROCESSES};
 
 /// Most bytes that are read of one file: a `status` with the most groups that a process may have (NGROUPS_MAX, 65536) fits.
 const MAX_READ: u64 = 1 << 20;
+
+/// Who has no number in a user namespace (`/proc/sys/kernel/overflowuid`, as it comes).
+const OVERFLOW_ID: u32 = 65534;
 
 /// The fields of `stat` after the name, as proc_pid_stat(5) counts them.
 const STATE: usize = 3;
@@ -27,6 +30,7 @@ pub fn describe(proc: &Path, init: i32, own: &[i32]) -> io::Result<DescribeProce
     let columns = Numbers::of(&status(&init)?).pid.len();
     let level = columns.checked_sub(1).ok_or(io::ErrorKind::InvalidData)?;
 
+    let own: HashSet<i32> = own.iter().copied().collect();
     let mut seen = Vec::new();
     for pid in pids(proc)? {
         let dir = proc.join(pid.to_string());
@@ -44,7 +48,9 @@ pub fn describe(proc: &Path, init: i32, own: &[i32]) -> io::Result<DescribeProce
             break;
         }
     }
-    let view = View::new(level, seen.iter().map(|(.., numbers)| numbers));
+    let ids = |map: &str| read(&init.join(map), MAX_READ).map(|map| Ids::of(&map));
+    let ids = [ids("uid_map")?, ids("gid_map")?];
+    let view = View::new(level, seen.iter().map(|(.., numbers)| numbers), ids);
     let mut bytes = 0;
     let mut processes = Vec::new();
     for (dir, pid, status, numbers) in seen {
@@ -58,7 +64,7 @@ pub fn describe(proc: &Path, init: i32, own: &[i32]) -> io::Result<DescribeProce
             pid,
             stat,
             status: view.status(&status),
-            // Its own memory, which may be swapped out for good: it can do without.
+            // The process' memory, which need not be readable.
             cmdline: read(&dir.join("cmdline"), MAX_CMDLINE).unwrap_or_default(),
             ..Default::default()
         };
@@ -91,7 +97,7 @@ fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
 fn status(dir: &Path) -> io::Result<Vec<u8>> {
     let text = read(&dir.join("status"), MAX_READ)?;
     let lines = text.split_inclusive(|byte| *byte == b'\n');
-    Ok(lines.flat_map(|line| cut(line).to_vec()).collect())
+    Ok(lines.flat_map(cut).collect())
 }
 
 /// The whole words of a line that fit.
@@ -147,21 +153,57 @@ fn columns(rest: &[u8]) -> Vec<u32> {
     numbers.map_while(Result::ok).collect()
 }
 
-/// How a pid namespace numbers what it sees.
+/// How a user namespace numbers the agent's users or groups: ranges that begin in it and at the agent's, and their lengths.
+#[derive(Debug, Default)]
+struct Ids(Vec<[u32; 3]>);
+
+impl Ids {
+    /// Of a `uid_map` or `gid_map` (user_namespaces(7)).
+    fn of(map: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(map);
+        let ranges = text.lines().map(|line| columns(line.as_bytes()));
+        Self(ranges.filter_map(|range| range.try_into().ok()).collect())
+    }
+
+    fn number(&self, outer: u32) -> u32 {
+        let mut inside = self.0.iter().filter_map(|[inner, first, count]| {
+            let offset = outer.checked_sub(*first).filter(|offset| offset < count)?;
+            inner.checked_add(offset)
+        });
+        inside.next().unwrap_or(OVERFLOW_ID)
+    }
+
+    /// The numbers of a line, with what is between them.
+    fn line(&self, line: &str) -> String {
+        let words = line.split_inclusive(|c: char| c.is_ascii_whitespace());
+        let word = |word: &str| match word.trim_end().parse() {
+            Ok(id) => format!("{}{}", self.number(id), &word[word.trim_end().len()..]),
+            Err(_) => word.to_owned(),
+        };
+        words.map(word).collect()
+    }
+}
+
+/// How a container numbers what it sees.
 struct View {
-    /// How far below the agent's it is.
+    /// How far below the agent's its pid namespace is.
     level: usize,
-    /// The agent's numbers, and its.
+    /// The agent's pids, and its.
     numbers: HashMap<u32, u32>,
+    users: Ids,
+    groups: Ids,
 }
 
 impl View {
-    fn new<'a>(level: usize, seen: impl Iterator<Item = &'a Numbers>) -> Self {
+    fn new<'a>(level: usize, seen: impl Iterator<Item = &'a Numbers>, ids: [Ids; 2]) -> Self {
         let all = seen.flat_map(|process| [&process.pid, &process.group, &process.session]);
         let pair = |columns: &Vec<u32>| Some((*columns.first()?, *columns.get(level)?));
+        let [users, groups] = ids;
         Self {
             level,
             numbers: all.filter_map(pair).collect(),
+            users,
+            groups,
         }
     }
 
@@ -209,6 +251,15 @@ impl View {
                     let own = columns.iter().skip(self.level).map(u32::to_string);
                     own.collect::<Vec<_>>().join("\t")
                 }
+                b"Uid:" | b"Gid:" | b"Groups:" => {
+                    let ids = match name {
+                        b"Uid:" => &self.users,
+                        _ => &self.groups,
+                    };
+                    made.extend_from_slice(name);
+                    made.extend(ids.line(&told).into_bytes());
+                    continue;
+                }
                 _ => {
                     made.extend_from_slice(line);
                     continue;
@@ -228,13 +279,18 @@ mod tests {
     use super::*;
 
     /// PID 1 of a container, and a child that leads a group in its session.
-    const INIT: &str = "Name:\tsh\nTgid:\t70\nPid:\t70\nPPid:\t1\nTracerPid:\t0\nUid:\t0\t0\t0\t0\n\
-        NStgid:\t70\t1\nNSpid:\t70\t1\nNSpgid:\t70\t1\nNSsid:\t70\t1\nVmRSS:\t   12 kB\n";
+    const INIT: &str = "Name:\tsh\nTgid:\t70\nPid:\t70\nPPid:\t1\nTracerPid:\t0\n\
+        Uid:\t100000\t100033\t4\t165535\nGroups:\t5 165536 \nNStgid:\t70\t1\nNSpid:\t70\t1\nNSpgid:\t70\t1\nNSsid:\t70\t1\nVmRSS:\t   12 kB\n";
     const CHILD: &str = "Name:\tsleep\nPid:\t75\nPPid:\t70\nTracerPid:\t70\nNSpid:\t75\t6\nNSpgid:\t75\t6\nNSsid:\t70\t1\n";
 
     fn view() -> (View, Numbers) {
         let [init, child] = [INIT, CHILD].map(|text| Numbers::of(text.as_bytes()));
-        (View::new(1, [&init, &child].into_iter()), child)
+        let ids =
+            || Ids::of(b"         0     100000      65536\n     70000          5          1\n");
+        (
+            View::new(1, [&init, &child].into_iter(), [ids(), ids()]),
+            child,
+        )
     }
 
     #[test]
@@ -243,8 +299,8 @@ mod tests {
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         assert_eq!(
             text(view.status(INIT.as_bytes())),
-            "Name:\tsh\nTgid:\t1\nPid:\t1\nPPid:\t0\nTracerPid:\t0\nUid:\t0\t0\t0\t0\n\
-             NStgid:\t1\nNSpid:\t1\nNSpgid:\t1\nNSsid:\t1\nVmRSS:\t   12 kB\n"
+            "Name:\tsh\nTgid:\t1\nPid:\t1\nPPid:\t0\nTracerPid:\t0\n\
+             Uid:\t0\t33\t65534\t65535\nGroups:\t70000 65534 \nNStgid:\t1\nNSpid:\t1\nNSpgid:\t1\nNSsid:\t1\nVmRSS:\t   12 kB\n"
         );
         assert_eq!(
             text(view.status(CHILD.as_bytes())),

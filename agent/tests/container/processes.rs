@@ -38,12 +38,12 @@ fn family(stat: &[u8]) -> Vec<String> {
     fields.map(|(_, field)| field.to_owned()).collect()
 }
 
-#[tokio::test]
-async fn processes_are_told_of_as_the_container_reads_them() {
+/// Runs a container with a pid namespace below its own, and compares.
+async fn compare(bundle: fn(Bundle) -> Bundle) {
     let admin = json!(["CAP_SYS_ADMIN"]);
     let all = json!({"bounding": admin, "effective": admin, "permitted": admin});
-    let bundle = Bundle::sh("sleep 1000 & unshare -p -f sleep 2000 & wait");
-    let bundle = bundle
+    let made = Bundle::sh("sleep 1000 & unshare -p -f sleep 2000 & wait");
+    let bundle = bundle(made)
         .with("/process/capabilities", all)
         .with("/linux/seccomp", json!(null));
     let (container, pid, _streams) = bundle.create().await.unwrap().start().await;
@@ -69,6 +69,28 @@ async fn processes_are_told_of_as_the_container_reads_them() {
         assert_eq!(told.cmdline, cmdline.as_bytes(), "{pid}");
     }
     destroy(container, pid).await;
+}
+
+#[tokio::test]
+async fn processes_are_told_of_as_the_container_reads_them() {
+    compare(|bundle| bundle).await;
+}
+
+#[tokio::test]
+async fn users_are_those_of_its_namespace() {
+    let mapped = |bundle: Bundle| {
+        let ids = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
+        std::os::unix::fs::chown(bundle.root(), Some(100_000), Some(100_000)).unwrap();
+        bundle
+            .with_namespace(json!({"type": "user"}))
+            .with("/linux/uidMappings", ids.clone())
+            .with("/linux/gidMappings", ids)
+            .with(
+                "/process/user",
+                json!({"uid": 0, "gid": 34, "additionalGids": [4, 5]}),
+            )
+    };
+    compare(mapped).await;
 }
 
 #[tokio::test]
