@@ -118,6 +118,8 @@ fn create_in(
             spec: Some(container.dir.join("config.json")),
             id: container.id.clone(),
         },
+        // In the guest they see each other as well.
+        place.processes().and_then(|_| spec.namespace("pid")),
     )?;
     let finish = || {
         let proxy = ProcessId::of(child.id()).context("looking at the container's proxy")?;

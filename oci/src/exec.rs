@@ -63,7 +63,7 @@ pub(crate) fn exec(all: &Args, args: &args::Exec) -> Result<u8> {
             spec: None,
             id: container.id.clone(),
         };
-        let mut child = match proxy::spawn(&all.root, &proxy) {
+        let mut child = match proxy::spawn(&all.root, &proxy, None) {
             Ok(child) => child,
             Err(error) => {
                 exec.delete().await;

@@ -3,7 +3,8 @@
 //!
 //! It has nothing of the host but those streams and a connection to the shim. An engine goes by its pid into what it believes to be the container
 //! (`podman cp` and `podman top` join its mount namespace, other containers its network), so its mount namespace has the container's
-//! files and a `/proc` that tells of the guest's processes, its pid namespace has nobody else, and its network is the container's. Its own root is an empty directory.
+//! files and a `/proc` that tells of the guest's processes, its pid namespace has nobody but the proxies of containers that share theirs, and
+//! its network is the container's. Its own root is an empty directory.
 
 mod console;
 mod files;
@@ -66,9 +67,17 @@ const LOST: u32 = 128 + task::KILL;
 const LAST_SIGNAL: i32 = 64;
 
 /// Starts one, with this process' standard streams unless it gets a terminal, and waits until it is ready. Its pid is one of this process' pid
-/// namespace, though it has one of its own. This process must have one thread.
-pub(crate) fn spawn(root: &Path, args: &args::Proxy) -> Result<Child> {
-    unshare(CloneFlags::CLONE_NEWPID).context("making a pid namespace")?;
+/// namespace, though it has one of its own, or that of another proxy, `pids`: engines take containers whose processes have the same for
+/// such as see each other (`podman pod top`), and a pod's end with those of its first. This process must have one thread.
+pub(crate) fn spawn(root: &Path, args: &args::Proxy, pids: Option<&Path>) -> Result<Child> {
+    let enter = |path: &Path| {
+        let file = File::open(path)?;
+        Ok::<_, anyhow::Error>(setns(file, CloneFlags::CLONE_NEWPID)?)
+    };
+    match pids {
+        Some(path) => enter(path).with_context(|| format!("entering {}", path.display()))?,
+        None => unshare(CloneFlags::CLONE_NEWPID).context("making a pid namespace")?,
+    }
     let (reader, writer) = std::io::pipe().context("making a pipe")?;
     let mut command = Command::new("/proc/self/exe");
     command
@@ -107,8 +116,7 @@ pub(crate) fn spawn(root: &Path, args: &args::Proxy) -> Result<Child> {
         .context("arranging its descriptors")?;
     let child = command.spawn();
     // What else this process starts is not to be in there.
-    let own = File::open("/proc/self/ns/pid").context("looking for the own pid namespace")?;
-    setns(own, CloneFlags::CLONE_NEWPID).context("coming back to the own pid namespace")?;
+    enter(Path::new("/proc/self/ns/pid")).context("coming back to the own pid namespace")?;
     let mut child = child.context("starting the container's proxy")?;
     // Its end of the pipe is the proxy's alone.
     drop(command);

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use husk_tests::podman::{IMAGE, RUN_ROOT};
 use husk_tests::{ctr, runtime::Runtime, wait};
 
+use super::top;
 use crate::context::Context;
 
 /// Two containers and what they share; the pod lives again.
@@ -48,6 +49,7 @@ pub fn pod(suite: &Context) -> Result<()> {
         (fetched.code == 0 && fetched.text() == "pod").then_some(())
     };
     wait::until("the published port", published)?;
+    top::shows_pod(&podman, "pod", &["/bin/sleep 1000", "httpd -f -h /v"])?;
     ok(&["pod", "stop", "-t", "0", "pod"])?;
     ensure!(podman.inspect("pod-server", "{{.State.Status}}")? == "exited");
     ok(&["pod", "start", "pod"])?;

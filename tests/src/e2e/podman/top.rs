@@ -106,3 +106,13 @@ pub fn terminal(podman: &Podman, name: &str) -> Result<String> {
     let first = rows.first().context("no process")?;
     Ok(first.get("tty").to_owned())
 }
+
+/// Shows each process of a pod once, though its containers see each other's.
+pub fn shows_pod(podman: &Podman, name: &str, commands: &[&str]) -> Result<()> {
+    let told = podman.run(&["pod", "top", name, "args"])?.ok()?.text();
+    for command in commands {
+        let rows = told.lines().filter(|line| line.trim() == *command);
+        ensure!(rows.count() == 1, "{command}: {told}");
+    }
+    Ok(())
+}
