@@ -13,6 +13,7 @@ mod descriptors;
 mod exec;
 mod hooks;
 mod id;
+mod limits;
 mod list;
 mod log;
 mod pod;

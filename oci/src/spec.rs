@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use rustix::fs::statfs;
 use serde_json::{Value, json};
 
-use crate::{hooks::Hooks, id::Id, pod::Place};
+use crate::{hooks::Hooks, id::Id, limits, pod::Place};
 
 /// The annotations by which CRI-O, and podman after it, name a pod's sandbox and what a container is in the pod.
 const SANDBOX: &str = "io.kubernetes.cri-o.SandboxID";
@@ -190,6 +190,10 @@ fn be_in(spec: &mut Value, place: &Place, pod: Option<&str>) {
         Place::Said { .. } => spec["annotations"][KIND].as_str(),
     };
     let kind = kind.map(str::to_owned);
+    let limits = match (place, spec["linux"]["cgroupsPath"].as_str()) {
+        (Place::Infra, Some(path)) => limits::of_pod(path),
+        _ => Vec::new(),
+    };
     if !spec["annotations"].is_object() {
         spec["annotations"] = json!({});
     }
@@ -198,6 +202,11 @@ fn be_in(spec: &mut Value, place: &Place, pod: Option<&str>) {
             annotations.remove(key);
             annotations.extend(value.map(|value| (key.to_owned(), json!(value))));
         }
+        annotations.extend(
+            limits
+                .into_iter()
+                .map(|(key, value)| (key.to_owned(), json!(value))),
+        );
     }
     if let Some(pid) = place.processes() {
         let namespaces = spec["linux"]["namespaces"].as_array_mut();
