@@ -266,6 +266,17 @@ fn inside() {
             println!("\n{line}");
         }
     }
+    // As the file server does for a user: this thread alone.
+    let become_user = |user: u32| {
+        // SAFETY: integers.
+        unsafe { libc::syscall(libc::SYS_setresuid, -1, user, -1) }
+    };
+    let as_user = (become_user(1000), rustix::thread::capabilities(None));
+    become_user(0);
+    let (0, Ok(sets)) = as_user else {
+        panic!("{as_user:?}");
+    };
+    tell("as a user", &format!("{:016x}", sets.effective.bits()));
     let names = |path: &str| {
         let mut names: Vec<_> = fs::read_dir(path)
             .unwrap()
@@ -427,6 +438,7 @@ fn inside_there_is_the_share_and_nothing_else() {
         ("CapInh", "0000000000000000"),
         ("CapPrm", &*kept),
         ("CapEff", &kept),
+        ("as a user", &kept),
         ("CapBnd", &kept),
         ("CapAmb", "0000000000000000"),
         ("NoNewPrivs", "1"),

@@ -8,9 +8,9 @@ use rustix::process::{
     DumpableBehavior, Gid, Resource, Rlimit, Uid, getrlimit, set_dumpable_behavior, setrlimit,
 };
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, clear_ambient_capability_set,
-    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
-    set_thread_res_gid, set_thread_res_uid,
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_capabilities_secure_bits,
+    set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
 use super::JailError;
@@ -78,6 +78,12 @@ pub fn give_up() -> Result<(), JailError> {
     set_thread_groups(&[]).map_err(JailError::step("drop supplementary groups"))?;
     set_no_new_privs(true).map_err(JailError::step("set no_new_privs"))?;
     limit_bounding_set()?;
+    // What a user makes, the file server makes as that user. Who may is decided by the guest's kernel, to which a user may be root: of a
+    // container with users of its own, whose `/` podman makes 0555. A guest that lies needs no user's name for it, as user 0 has them all.
+    set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_SETUID_FIXUP | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED,
+    )
+    .map_err(JailError::step("keep capabilities as another user"))?;
     clear_ambient_capability_set().map_err(JailError::step("clear the ambient capabilities"))?;
     let sets = CapabilitySets {
         effective: KEPT,
