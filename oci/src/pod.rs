@@ -55,8 +55,21 @@ impl Place {
     /// Of a container about to be made.
     ///
     /// # Errors
-    /// Its pod shares what one VM cannot have apart, or the other way round.
+    /// Its pod shares what one VM cannot have apart, or the other way round; its users are those of a container in another VM.
     pub(crate) fn of(spec: &Spec, store: &Store) -> Result<Self> {
+        let place = Self::by_pod(spec, store)?;
+        if matches!(place, Self::Alone | Self::Infra)
+            && let Some(path) = spec.namespace("user")
+        {
+            bail!(
+                "the users of {} are in another VM or on the host: give the container its own by `--userns auto` or `--uidmap`, or put it into the pod that has them",
+                path.display()
+            );
+        }
+        Ok(place)
+    }
+
+    fn by_pod(spec: &Spec, store: &Store) -> Result<Self> {
         if spec.says_its_place() {
             let processes = processes(spec, store);
             return Ok(Self::Said { processes });
@@ -176,7 +189,7 @@ mod tests {
             .unwrap()
             .set_record(&record)
             .unwrap();
-        let namespaces: Vec<Value> = ["network", "ipc", "uts", "pid"]
+        let namespaces: Vec<Value> = ["network", "ipc", "uts", "pid", "user"]
             .iter()
             .map(|kind| match shared.contains(kind) {
                 true => json!({"type": kind, "path": format!("/proc/{}/ns/x", proxy.pid)}),
@@ -196,7 +209,7 @@ mod tests {
             infra: "infra".parse().unwrap(),
             processes: None,
         };
-        let all = ["network", "ipc", "uts"];
+        let all = ["network", "ipc", "uts", "user"];
         assert_eq!(place(true, "infra", &all).unwrap(), member);
         assert_eq!(place(true, "", &[]).unwrap(), Place::Infra);
         assert_eq!(place(true, "infra", &[]).unwrap(), Place::Alone);
@@ -204,6 +217,10 @@ mod tests {
         for some in [&["network"][..], &["ipc", "uts"], &["pid"]] {
             let error = place(true, "infra", some).unwrap_err().to_string();
             assert!(error.contains("--share"), "{error}");
+        }
+        for sandbox in ["", "infra", POD] {
+            let error = place(true, sandbox, &["user"]).unwrap_err().to_string();
+            assert!(error.contains("--userns auto"), "{error}");
         }
         let error = place(false, "infra", &all).unwrap_err().to_string();
         assert!(error.contains("--share-parent"), "{error}");

@@ -111,9 +111,12 @@ impl Spec {
 
     /// Whether it wants a network of its own, which its engine may fill once the container is there.
     pub(crate) fn has_new_network(&self) -> bool {
-        let list = self.value["linux"]["namespaces"].as_array();
-        let has = list.is_some_and(|list| list.iter().any(|ns| ns["type"] == "network"));
-        has && self.namespace("network").is_none()
+        has(&self.value, "network") && self.namespace("network").is_none()
+    }
+
+    /// Whether its users are its own.
+    pub(crate) fn has_new_users(&self) -> bool {
+        has(&self.value, "user") && self.namespace("user").is_none()
     }
 
     /// The namespace that it joins, of this type.
@@ -142,7 +145,7 @@ impl Spec {
         };
         spec["root"]["path"] = json!(self.bundle.join(root));
         let pod = match place {
-            Place::Alone => None,
+            Place::Alone => self.has_new_users().then_some(id.as_str()),
             Place::Infra => Some(id.as_str()),
             Place::Member { infra, .. } => Some(infra.as_str()),
             Place::Said { .. } => self.sandbox(),
@@ -165,6 +168,12 @@ impl Spec {
     }
 }
 
+/// Whether a spec has a namespace of this type, be it another's.
+fn has(spec: &Value, kind: &str) -> bool {
+    let list = spec["linux"]["namespaces"].as_array();
+    list.is_some_and(|list| list.iter().any(|ns| ns["type"] == kind))
+}
+
 /// Whether it shows something of the host.
 pub(crate) fn is_bind(mount: &Value) -> bool {
     let options = mount["options"].as_array();
@@ -184,7 +193,8 @@ fn absolute(mount: &mut Value, bundle: &Path) {
 /// Tells the shim which pod it is of, as CRI-O does.
 fn be_in(spec: &mut Value, place: &Place, pod: Option<&str>) {
     let kind = match place {
-        Place::Alone => None,
+        // With users of its own it is a pod of one: a pod's network belongs to its users, a lone container's to the guest's.
+        Place::Alone => pod.map(|_| "sandbox"),
         Place::Infra => Some("sandbox"),
         Place::Member { .. } => Some("container"),
         Place::Said { .. } => spec["annotations"][KIND].as_str(),
@@ -307,6 +317,12 @@ mod tests {
         assert!(spec.has_new_network() && spec.sandbox() == Some("pod"));
         let alone = made(&spec, &Place::Alone);
         assert_eq!(alone["annotations"], json!({"a": "b"}));
+        let mut own = spec.clone();
+        own.value["linux"]["namespaces"] = json!([{"type": "user"}]);
+        assert_eq!(
+            made(&own, &Place::Alone)["annotations"],
+            json!({"a": "b", SANDBOX: "me", KIND: "sandbox"})
+        );
         let infra = made(&spec, &Place::Infra);
         assert_eq!(
             infra["annotations"],

@@ -16,7 +16,7 @@ use crate::{
         UserNamespace,
     },
     sizing::{self, Hints},
-    spec::{BundleSpec, DEFAULT_SHM_SIZE, NetworkNamespace, SpecError, Users},
+    spec::{BundleSpec, DEFAULT_SHM_SIZE, NetworkNamespace, SpecError, Users, sysctls_outside},
 };
 
 /// Who brings a pod up, and takes it down.
@@ -107,10 +107,11 @@ impl PodSpec {
     /// brings everything itself.
     pub fn of_spec(spec: &BundleSpec) -> Self {
         let shared = if spec.is_sandbox() {
+            let users = spec.users();
             Self {
                 hostname: spec.hostname(),
-                sysctls: spec.sysctls(),
-                users: spec.users(),
+                sysctls: sysctls_outside(spec.sysctls(), users.as_ref()),
+                users,
                 shm_size_bytes: spec.pod_shm_size(),
                 ..Self::default()
             }
@@ -134,6 +135,7 @@ impl PodSpec {
     pub fn of_request(request: &CreateSandboxRequest, namespace: &str) -> Result<Self, BadOptions> {
         let config = cri::pod_config(request.options.as_ref())?;
         let linux = config.linux.unwrap_or_default();
+        let users = users(&linux.security_context.namespace_options.userns_options);
         let mut annotations = config.annotations;
         annotations.extend(request.annotations.clone());
         Ok(Self {
@@ -151,7 +153,8 @@ impl PodSpec {
                 "" => NetworkNamespace::Host,
                 path => NetworkNamespace::At(path.into()),
             },
-            users: users(&linux.security_context.namespace_options.userns_options),
+            sysctls: sysctls_outside(linux.sysctls, users.as_ref()),
+            users,
             shm_size_bytes: DEFAULT_SHM_SIZE,
             hostname: match config.hostname {
                 // A pod of the host's network: it has the host's name, as with a pause container.
@@ -159,7 +162,6 @@ impl PodSpec {
                 name => name,
             },
             dns: dns(config.dns_config.unwrap_or_default()),
-            sysctls: linux.sysctls,
         })
     }
 }

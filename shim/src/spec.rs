@@ -16,7 +16,7 @@ use std::{
 };
 
 pub use mounts::{BindMount, KeptVolume, Owners};
-pub use pod::{DEFAULT_SHM_SIZE, Neighbours, NotInVm, Users};
+pub use pod::{DEFAULT_SHM_SIZE, Neighbours, NotInVm, Users, sysctls_outside};
 pub use resources::{HUGE_PAGE_SIZE, Resources};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};

@@ -25,6 +25,9 @@ const DEV_SHM: &str = "/dev/shm";
 /// Size of a pod's `/dev/shm` in bytes, where the engine has made none: what containerd and CRI-O give it.
 pub const DEFAULT_SHM_SIZE: u64 = 64 << 20;
 
+/// The groups whose members may ping (icmp(7)).
+const PING_GROUPS: &str = "net.ipv4.ping_group_range";
+
 /// Users of a pod, by who they are outside: as `uid_map` and `gid_map` of user_namespaces(7) have them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Users {
@@ -45,6 +48,36 @@ impl Users {
         };
         Some((outside(&self.uid_map)?, outside(&self.gid_map)?))
     }
+
+    /// Who a group of the pod is outside. `None`: the map does not have it.
+    fn group_outside(&self, id: u32) -> Option<u32> {
+        self.gid_map.lines().find_map(|line| {
+            let mut fields = line.split(' ').map(str::parse::<u32>);
+            let (inside, outside, length) = (
+                fields.next()?.ok()?,
+                fields.next()?.ok()?,
+                fields.next()?.ok()?,
+            );
+            let offset = id.checked_sub(inside).filter(|&offset| offset < length)?;
+            outside.checked_add(offset)
+        })
+    }
+}
+
+/// A pod's sysctls as somebody outside of its users writes them: the one that has groups in it names them by who they are there. It is left as it is
+/// where the pod has no such groups: a range of all groups that there are is meant so.
+pub fn sysctls_outside(
+    mut sysctls: HashMap<String, String>,
+    users: Option<&Users>,
+) -> HashMap<String, String> {
+    if let (Some(users), Some(range)) = (users, sysctls.get_mut(PING_GROUPS)) {
+        let outside = |word: &str| users.group_outside(word.parse().ok()?);
+        let groups: Option<Vec<_>> = range.split_whitespace().map(outside).collect();
+        if let Some([first, last]) = groups.as_deref() {
+            *range = format!("{first} {last}");
+        }
+    }
+    sysctls
 }
 
 /// What a container is refused because it runs in a VM.

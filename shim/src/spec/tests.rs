@@ -407,6 +407,30 @@ mod pods {
     }
 
     #[test]
+    fn who_may_ping_is_told_by_who_they_are_outside() {
+        let name = "net.ipv4.ping_group_range";
+        let users = Users {
+            uid_map: String::new(),
+            gid_map: "0 65536 1000\n1000 7 1\n".into(),
+        };
+        for (inside, outside) in [
+            ("0 0", "65536 65536"),
+            ("0\t1000", "65536 7"),
+            ("999 1000", "66535 7"),
+            ("1 0", "65537 65536"),
+            ("0 2147483647", "0 2147483647"),
+            ("0 1001", "0 1001"),
+            ("0", "0"),
+            ("all", "all"),
+        ] {
+            let sysctls = HashMap::from([(name.to_owned(), inside.to_owned())]);
+            let made = sysctls_outside(sysctls.clone(), Some(&users));
+            assert_eq!(made[name], outside, "{inside}");
+            assert_eq!(sysctls_outside(sysctls.clone(), None), sysctls);
+        }
+    }
+
+    #[test]
     fn a_container_without_a_pod_keeps_what_is_its_own() {
         for annotations in [Value::Null, json!({"io.containerd.runc.v2.group": POD})] {
             let mut json = member(NO_SHM.as_ref());
