@@ -20,8 +20,10 @@ use crate::cgroup;
 use crate::cleanup;
 use crate::config::Config;
 use crate::group::Group;
+use crate::hooks::Subject;
 use crate::pod::Keeper;
 use crate::socket;
+use crate::spec::BundleSpec;
 use crate::state::{self, PodDir, PodState, ProcessId};
 
 /// All of it together; containerd waits 5 s.
@@ -71,9 +73,13 @@ pub fn delete(args: &Args) -> anyhow::Result<()> {
                 .saturating_duration_since(Instant::now())
                 .min(Duration::from_secs(1));
             // A start that hangs must not keep a dead pod alive: go on without the lock.
-            let _lock = pod.lock_namespace(patience);
+            let lock = pod.lock_namespace(patience);
             for problem in clear_pod(pod) {
                 eprintln!("{problem}");
+            }
+            drop(lock);
+            if let Some(bundle) = &bundle {
+                run_hooks(&state, bundle, deadline);
             }
         }
     }
@@ -90,6 +96,37 @@ pub fn delete(args: &Args) -> anyhow::Result<()> {
     };
     std::io::stdout().write_all(&response.write_to_bytes()?)?;
     Ok(())
+}
+
+/// Runs the hooks that a dead shim owes its containers, which have ended with it: of all the pod's, as nobody knows of the pod any more when the
+/// others' turn comes. One that takes longer than there is time is killed.
+fn run_hooks(state: &PodState, bundle: &Path, deadline: Instant) {
+    let owed = state.hooked.iter().filter_map(|id| {
+        let bundle = bundle.with_file_name(id);
+        let spec = BundleSpec::load(&bundle).ok()?;
+        Some((id, bundle, spec.hooks()))
+    });
+    let run = async {
+        for (id, bundle, hooks) in owed {
+            let subject = Subject {
+                id,
+                bundle: &bundle,
+                pid: 0,
+            };
+            hooks.stopped(subject).await;
+        }
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let left = deadline.saturating_duration_since(Instant::now());
+    let ran = runtime
+        .map(|runtime| runtime.block_on(async { tokio::time::timeout(left, run).await.is_ok() }));
+    match ran {
+        Ok(true) => {}
+        Ok(false) => eprintln!("the poststop hooks took too long"),
+        Err(error) => eprintln!("cannot run the poststop hooks: {error}"),
+    }
 }
 
 /// Whether containerd still has other containers of this pod. A pod of the Sandbox API does not wait for them.

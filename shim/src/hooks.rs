@@ -19,10 +19,10 @@ use std::{
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::Deserialize;
 use serde_json::json;
-use tokio::{process::Command, time::timeout};
+use tokio::{process::Command, task::spawn_blocking, time::timeout};
 use tracing::warn;
 
-use crate::error::chain;
+use crate::{error::chain, state::PodDir};
 
 /// Bytes of a failed hook's stderr that its error quotes.
 const MAX_QUOTE: u64 = 4096;
@@ -114,6 +114,31 @@ impl Hooks {
             }
         }
         Ok(())
+    }
+
+    /// Notes in the pod's state that those for its end are to be run, or that they have been: a shim that dies leaves them to its `delete`.
+    pub async fn owe(&self, pod: &PodDir, id: &str, is_owed: bool) {
+        if self.poststop.is_empty() {
+            return;
+        }
+        let (pod, container) = (pod.clone(), id.to_owned());
+        let noted = spawn_blocking(move || {
+            pod.update(|state| {
+                if is_owed {
+                    state.hooked.insert(container);
+                } else {
+                    state.hooked.remove(&container);
+                }
+            })
+        });
+        match noted.await {
+            Ok(Ok(())) => {}
+            outcome => warn!(
+                container = id,
+                ?outcome,
+                "the pod's state file does not tell of the container's hooks"
+            ),
+        }
     }
 
     /// When the container's process runs. One that fails is told in the log.

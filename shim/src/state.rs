@@ -53,6 +53,9 @@ pub struct PodState {
     pub socket: PathBuf,
     /// Ids of the containers that the shim was started or asked for and that are not deleted.
     pub containers: BTreeSet<String>,
+    /// Those of them that have hooks for their end, which are still to be run.
+    #[serde(default)]
+    pub hooked: BTreeSet<String>,
 }
 
 /// One pod's directory.

@@ -13,6 +13,7 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _, PermissionsExt as
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse, ShutdownRequest};
 use containerd_shim_protos::bootstrap_api::BootstrapParams;
@@ -336,6 +337,46 @@ fn a_pod_goes_with_its_sandbox_container_where_that_is_all_containerd_has() {
     fs::remove_dir_all(host.path("bundles/c2")).unwrap();
     host.delete("pod");
     assert!(!shim.is_alive());
+    host.nothing_is_left();
+}
+
+/// It has left them to `delete`: all of the pod's, once.
+#[test]
+fn the_hooks_of_a_killed_shims_containers_are_run_once() {
+    let (host, shim) = pod_with_a_member();
+    let said = host.path("said");
+    let hook = |id: &str| {
+        let script = format!("cat >>{}; echo >>{0}", said.display());
+        let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"]});
+        let path = host.path("bundles").join(id).join("config.json");
+        let mut spec: serde_json::Value =
+            serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        spec["hooks"] = serde_json::json!({"poststop": [hook]});
+        fs::write(path, spec.to_string()).unwrap();
+    };
+    for id in ["pod", "c2"] {
+        hook(id);
+    }
+    // As Create notes it; the member was never created.
+    let pod = host.pod("pod");
+    pod.update(|state| {
+        state.hooked.insert("pod".into());
+    })
+    .unwrap();
+    shim.kill(Duration::from_secs(5)).unwrap();
+    for id in ["c2", "pod", "c2", "pod"] {
+        host.delete(id);
+    }
+    let said = fs::read_to_string(said).unwrap();
+    let states: Vec<serde_json::Value> = said
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(states.len(), 1, "{said}");
+    assert_eq!(
+        (&states[0]["id"], &states[0]["status"]),
+        (&"pod".into(), &"stopped".into())
+    );
     host.nothing_is_left();
 }
 

@@ -245,6 +245,7 @@ impl Tasks {
                 };
                 // Those before the start may have made something.
                 spec.hooks().stopped(subject).await;
+                spec.hooks().owe(&self.context.pod, &id, false).await;
                 Err(error)
             }
         }
@@ -300,6 +301,7 @@ impl Tasks {
                     .as_ref()
                     .map_or_else(|| self.sandbox.pid(), TaskPid::get),
             };
+            hooks.owe(&self.context.pod, &request.id, true).await;
             let hooked = hooks.before(subject).await;
             hooked.map_err(|e| TaskError::failed(chain(&e)))
         };
@@ -473,6 +475,7 @@ impl Tasks {
         let forgotten = tokio::task::spawn_blocking(move || {
             pod.update(|state| {
                 state.containers.remove(&name);
+                state.hooked.remove(&name);
             })
         });
         match forgotten.await {
