@@ -53,6 +53,10 @@ impl Podman {
         let tar = self.dir.join("busybox.tar");
         let mut pack = Command::new("tar");
         pack.arg("-C").arg(tree).arg("-cf").arg(&tar).arg(".");
+        // As images have it: podman mounts into it, and its `/` is nobody's to write to (0555).
+        let run = self.dir.join("image");
+        fs::create_dir_all(run.join("run"))?;
+        pack.arg("-C").arg(run).arg("./run");
         ctr::output(&mut pack)?.ok()?;
         let tar = tar.to_str().context("its name")?;
         self.run(&["import", "-q", tar, IMAGE])?.ok().map(drop)

@@ -4,6 +4,7 @@ mod buildah;
 mod by_hand;
 mod copies;
 mod pods;
+mod quadlet;
 mod top;
 
 use std::{
@@ -40,7 +41,9 @@ pub const TESTS: &[Test] = &[
     test("a_build", buildah::build).needs(BUILDAH),
     test("a_pod", pods::pod).needs(PODMAN),
     test("a_pod_of_kube_play", pods::kube).needs(PODMAN),
-    test("a_unit_of_quadlet", pods::quadlet).needs(PODMAN),
+    test("a_unit_of_quadlet", quadlet::container).needs(PODMAN),
+    test("a_pods_unit_of_quadlet", quadlet::pod).needs(PODMAN),
+    test("a_kube_unit_of_quadlet", quadlet::kube).needs(PODMAN),
     husk_test("a_pod_that_shares_some_is_refused", pods::refused).needs(PODMAN),
     husk_test("doctor_reads_containers_conf", crate::doctor::podman).needs(PODMAN),
     husk_test("errors_are_those_of_crun", by_hand::errors).needs(CRUN),
@@ -92,11 +95,15 @@ fn exit_codes_and_streams(suite: &Context) -> Result<()> {
     );
     let out = podman
         .once(
-            &["--user", "user", "--workdir", "/tmp", "-e", "A=b"],
-            &["sh", "-c", "id -un; pwd; echo $A"],
+            &[
+                &["--user", "user", "--workdir", "/tmp", "-e", "A=b"][..],
+                &["--uidmap", "0:100000:65536"],
+            ]
+            .concat(),
+            &["sh", "-c", "id -un; pwd; echo $A; echo $(cat /proc/self/uid_map) $(cat /proc/sys/net/ipv4/ping_group_range)"],
         )?
         .ok()?;
-    ensure!(out.text() == "user\n/tmp\nb", "{out:?}");
+    ensure!(out.text() == "user\n/tmp\nb\n0 100000 65536 0 0", "{out:?}");
     Ok(())
 }
 
@@ -250,7 +257,7 @@ fn the_pages_commands(suite: &Context) -> Result<()> {
         buildah::containerfile(&podman, "checkout", "FROM IMAGE\nRUN uname -r >/kernel\n")?;
     fs::create_dir_all(checkout.join("deploy"))?;
     fs::write(checkout.join("deploy/podman.conf"), CONF)?;
-    let pod = pods::yaml(&checkout);
+    let pod = pods::yaml("page", &checkout);
     fs::write(checkout.join("pod.yaml"), pod)?;
     // The testbed has no systemd, and the image is in the suite's storage.
     let [settings, storage] = ["settings.conf", "storage.conf"].map(|name| podman.dir.join(name));

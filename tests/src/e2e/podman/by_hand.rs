@@ -183,7 +183,9 @@ fn agree(husk: &Oci, crun: &Oci, args: &[&str], words: &str) -> Result<()> {
     Ok(())
 }
 
+/// In a cgroup of systemd's notation, with a shim that dies before the end.
 pub fn hooks(suite: &Context) -> Result<()> {
+    const SCOPE: &str = "machine.slice/husk-e2e.scope";
     let dir = Path::new("/var/lib/husk-e2e-podman/hooks-said");
     let _ = fs::remove_file(dir);
     let hook = |name: &str| {
@@ -196,17 +198,23 @@ pub fn hooks(suite: &Context) -> Result<()> {
             .map(|kind| (kind.to_owned(), hook(kind)))
             .into_iter()
             .collect();
+        spec["linux"]["cgroupsPath"] = json!("machine.slice:husk:e2e");
     })?;
     let [husk, _] = Oci::both(suite, "hooks");
-    husk.run(&[
-        "create",
-        "--bundle",
-        plain.to_str().context("its name")?,
-        "c1",
-    ])?
-    .ok()?;
+    let plain = plain.to_str().context("its name")?;
+    husk.run(&["--systemd-cgroup", "create", "--bundle", plain, "c1"])?
+        .ok()?;
     husk.run(&["start", "c1"])?.ok()?;
+    let scope = Path::new("/sys/fs/cgroup").join(SCOPE);
+    let inside = fs::read_to_string(scope.join("cgroup.procs"))?;
+    let pid = husk.state("c1")?["pid"].to_string();
+    ensure!(inside.lines().any(|line| line == pid), "{pid}: {inside}");
+    for pid in inside.lines() {
+        // The end of one ends others.
+        let _ = kill(Pid::from_raw(pid.parse()?), Signal::SIGKILL);
+    }
     husk.run(&["delete", "--force", "c1"])?.ok()?;
+    ensure!(!scope.exists());
     let said = fs::read_to_string(dir)?;
     let kinds: Vec<_> = said
         .lines()

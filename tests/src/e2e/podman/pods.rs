@@ -1,32 +1,47 @@
-//! podman's pods: made by hand, by `podman kube play` and by a unit of Quadlet.
+//! podman's pods: made by hand and by `podman kube play`.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, chown},
+    path::Path,
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, ensure};
-use husk_tests::podman::{IMAGE, RUN_ROOT};
+use husk_tests::podman::IMAGE;
 use husk_tests::{ctr, runtime::Runtime, wait};
 
 use super::top;
 use crate::context::Context;
 
-/// Two containers and what they share; the pod lives again.
+/// Who a pod's root is on the host.
+const ROOT: u32 = 100_000;
+const USERS: &str = "0:100000:65536";
+
+/// Two containers and what they share, users of the pod's own and its limits among it; the pod lives again.
 pub fn pod(suite: &Context) -> Result<()> {
     let podman = super::podman(suite)?;
     let ok = |args: &[&str]| podman.run(args)?.ok();
     let dir = podman.dir.join("pod");
     fs::create_dir_all(&dir)?;
+    chown(&dir, Some(ROOT), Some(ROOT))?;
     let volume = format!("{}:/v", dir.display());
     let infra = ["--infra-image", IMAGE, "--infra-command", "/bin/sleep 1000"];
     let create = ["pod", "create", "--name", "pod", "-p", "8085:80"];
-    ok(&[&create[..], &infra, &["--share", "net,ipc,uts,pid"]].concat())?;
+    let users = ["--uidmap", USERS, "--gidmap", USERS];
+    let limits = ["--memory", "800m", "--cpus", "0.8"];
+    let share = ["--share", "net,ipc,uts,pid"];
+    ok(&[&create[..], &infra, &users, &limits, &share].concat())?;
     let serve =
         "hostname >/v/name; uname -r >/v/kernel; echo shared >/dev/shm/x; exec httpd -f -h /v";
     let head = ["run", "-d", "--pod", "pod", "--name", "pod-server", "-v"];
     ok(&[&head[..], &[&volume, IMAGE, "sh", "-c", serve]].concat())?;
     // Only now podman mounts its root file system.
-    let ask = "until wget -q -O - http://localhost/name; do sleep 0.2; done; cat /v/kernel /dev/shm/x; hostname; ps";
-    let head = ["run", "--rm", "--pod", "pod", "-v", &volume, IMAGE];
-    let asked = ok(&[&head[..], &["sh", "-c", ask]].concat())?.text();
+    let ask = "until wget -q -O - http://localhost/name; do sleep 0.2; done; cat /v/kernel /dev/shm/x; hostname; \
+        echo $(cat /proc/self/uid_map) $(id -u) $(cat /sys/fs/cgroup/memory.max); \
+        echo $(cat /proc/sys/net/ipv4/ping_group_range); grep MemTotal /proc/meminfo; touch /v/file; ps";
+    let head = ["run", "--rm", "--pod", "pod", "--memory", "700m", "-v"];
+    let asked = ok(&[&head[..], &[&volume, IMAGE, "sh", "-c", ask]].concat())?.text();
     let lines: Vec<_> = asked.lines().collect();
     let kernel = lines.get(1).context("no kernel")?;
     ensure!(
@@ -35,6 +50,20 @@ pub fn pod(suite: &Context) -> Result<()> {
     );
     ensure!(
         kernel.ends_with("-husk") == (suite.runtime == Runtime::Husk),
+        "{asked}"
+    );
+    let limit = 700 << 20;
+    ensure!(
+        lines.get(4..6) == Some(&[&*format!("0 {ROOT} 65536 0 {limit}"), "0 0"]),
+        "{asked}"
+    );
+    let owner = fs::metadata(dir.join("file"))?;
+    ensure!((owner.uid(), owner.gid()) == (ROOT, ROOT), "{owner:?}");
+    // The VM is the pod's size, not the default, and leaves the VMM a little of it.
+    let memory = lines.get(6).and_then(|line| line.split_whitespace().nth(1));
+    let memory: u64 = memory.context("no memory")?.parse()?;
+    ensure!(
+        (700 << 10..800 << 10).contains(&memory) == (suite.runtime == Runtime::Husk),
         "{asked}"
     );
     // The infra container's, this one's, the other's.
@@ -76,9 +105,11 @@ pub fn refused(suite: &Context) -> Result<()> {
     Ok(())
 }
 
-/// The pod `kube`, with this directory of the host.
-pub fn yaml(host: &Path) -> String {
-    let text = include_str!("pod.yaml").replace("IMAGE", IMAGE);
+/// A pod of this name, with this directory of the host.
+pub fn yaml(name: &str, host: &Path) -> String {
+    let text = include_str!("pod.yaml")
+        .replace("IMAGE", IMAGE)
+        .replace("NAME", name);
     text.replace("HOST", &host.display().to_string())
 }
 
@@ -90,7 +121,7 @@ pub fn kube(suite: &Context) -> Result<()> {
     let _ = fs::remove_dir_all(&host);
     fs::create_dir_all(&dir)?;
     let yaml = dir.join("pod.yaml");
-    fs::write(&yaml, self::yaml(&host))?;
+    fs::write(&yaml, self::yaml("kube", &host))?;
     let yaml = yaml.to_str().context("its name")?;
     podman.run(&["kube", "play", yaml])?.ok()?;
     let answered = wait::until("the answer", || {
@@ -105,47 +136,5 @@ pub fn kube(suite: &Context) -> Result<()> {
         "{answer}"
     );
     podman.run(&["pod", "exists", "kube"])?.exited(1)?;
-    Ok(())
-}
-
-/// What Quadlet makes of a container's unit, run by hand: there is no systemd here.
-pub fn quadlet(suite: &Context) -> Result<()> {
-    const GENERATOR: &str = "/usr/libexec/podman/quadlet";
-    let podman = super::podman(suite)?;
-    let dir = podman.dir.join("units");
-    fs::create_dir_all(&dir)?;
-    let storage = format!(
-        "--root {} --runroot {RUN_ROOT} --cgroup-manager cgroupfs --events-backend file",
-        podman.storage().display()
-    );
-    let unit = format!(
-        "[Container]\nImage={IMAGE}\nContainerName=quadlet\nNetwork=none\nGlobalArgs=--runtime {} {storage}\nExec=sh -c 'uname -r; exec sleep 1000'\n",
-        podman.runtime.display()
-    );
-    fs::write(dir.join("web.container"), unit)?;
-    let mut generate = Command::new(GENERATOR);
-    generate.arg("-dryrun").env("QUADLET_UNIT_DIRS", &dir);
-    let made = ctr::output(&mut generate)?.ok()?.text();
-    let start = made
-        .lines()
-        .find_map(|line| line.strip_prefix("ExecStart="));
-    // What systemd would fill in; the unit is of the type notify, by conmon, which has nobody to tell.
-    let start = start
-        .with_context(|| made.clone())?
-        .replace("%t", "/run")
-        .replace("%N", "web");
-    let mut run = Command::new("sh");
-    run.args(["-c", &start]);
-    ctr::output(&mut run)?.ok()?;
-    let logged = wait::until("its first line", || {
-        let logs = podman.run(&["logs", "quadlet"]).ok()?;
-        (!logs.text().is_empty()).then_some(logs.text())
-    });
-    podman.run(&["rm", "-f", "-t", "0", "quadlet"])?.ok()?;
-    let logged = logged?;
-    ensure!(
-        logged.ends_with("-husk") == (suite.runtime == Runtime::Husk),
-        "{logged}"
-    );
     Ok(())
 }
