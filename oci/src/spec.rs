@@ -150,8 +150,12 @@ impl Spec {
             Place::Member { infra, .. } => Some(infra.as_str()),
             Place::Said { .. } => self.sandbox(),
         };
+        let can_mount = can_mount(&spec);
         for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
             absolute(mount, &self.bundle);
+            if !can_mount {
+                be_slave(mount);
+            }
             if let Some(size) = shm_size(mount, pod) {
                 own_shm(mount, size);
             }
@@ -179,6 +183,24 @@ pub(crate) fn is_bind(mount: &Value) -> bool {
     let options = mount["options"].as_array();
     mount["type"] == "bind"
         || options.is_some_and(|list| list.iter().any(|o| o == "bind" || o == "rbind"))
+}
+
+/// Whether its processes may mount (capabilities(7)).
+fn can_mount(spec: &Value) -> bool {
+    let allowed = spec["process"]["capabilities"]["bounding"].as_array();
+    allowed.is_some_and(|list| list.iter().any(|name| name == "CAP_SYS_ADMIN"))
+}
+
+/// Shared means that what a container mounts there appears on the host, which a VM cannot do, and the shim refuses. Who may not mount has nothing to
+/// show: buildah asks for it for every cache (`--mount type=cache`).
+fn be_slave(mount: &mut Value) {
+    for option in mount["options"].as_array_mut().into_iter().flatten() {
+        match option.as_str() {
+            Some("shared") => *option = json!("slave"),
+            Some("rshared") => *option = json!("rslave"),
+            _ => {}
+        }
+    }
 }
 
 /// A bind mount's source may be relative to the bundle (OCI runtime specification, "Mounts").
@@ -306,6 +328,21 @@ mod tests {
             ),
             (None, None, None)
         );
+    }
+
+    #[test]
+    fn a_mount_is_shared_only_where_somebody_can_mount() {
+        let options = json!(["bind", "shared", "rshared", "rw"]);
+        let mounts =
+            json!([{"destination": "/a", "type": "bind", "source": "/a", "options": options}]);
+        let with = |name: &str| {
+            let capabilities = json!({"bounding": [name]});
+            let process = json!({"capabilities": capabilities});
+            let spec = spec(json!({"root": {"path": "/r"}, "process": process, "mounts": mounts}));
+            made(&spec, &Place::Alone)["mounts"][0]["options"].clone()
+        };
+        assert_eq!(with("CAP_SYS_ADMIN"), options);
+        assert_eq!(with("CAP_CHOWN"), json!(["bind", "slave", "rslave", "rw"]));
     }
 
     #[test]

@@ -11,12 +11,13 @@ use crate::{
     terminal::{Session, size},
 };
 
-const FILE: &str = "FROM IMAGE AS first
+const FILE: &str = r"FROM IMAGE AS first
 COPY given /src/given
-RUN uname -r >/kernel; cat /src/given >/made; ip route | grep -q ^default && id -u user >>/made
+RUN --mount=type=cache,target=/cache uname -r >/kernel; cat /src/given >/made; cp /made /cache; \
+    ip route | grep -q ^default && id -u user >>/made
 FROM IMAGE
 COPY --from=first /made /kernel /
-RUN cat /made /kernel
+RUN --mount=type=cache,target=/cache cat /made /kernel /cache/made
 ";
 
 /// buildah with the suite's storage.
@@ -53,7 +54,9 @@ pub fn build(suite: &Context) -> Result<()> {
     let of_step = lines.get(given.context("no output")?..).unwrap_or_default();
     let is_guests = of_step.get(2).is_some_and(|line| line.ends_with("-husk"));
     ensure!(
-        of_step.get(1) == Some(&"1000") && is_guests == (suite.runtime == Runtime::Husk),
+        of_step.get(1) == Some(&"1000")
+            && of_step.get(3) == Some(&"given")
+            && is_guests == (suite.runtime == Runtime::Husk),
         "{built}"
     );
     let dir = containerfile(&podman, "build-fails", "FROM IMAGE\nRUN exit 7\n")?;
