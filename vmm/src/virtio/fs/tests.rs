@@ -209,28 +209,6 @@ fn look_up_open_read_write() {
 }
 
 #[test]
-fn how_long_things_are_good_for_follows_the_policy() {
-    let dir = directory();
-    fs::write(dir.path().join("file"), "x").unwrap();
-    for (policy, seconds, open_flags) in [
-        (CachePolicy::Never, 0, 1),
-        (CachePolicy::Auto, 1, 0),
-        (CachePolicy::Always, 86400, 2),
-    ] {
-        let mut client = Client::mount(dir.path(), policy);
-        let entry = client.lookup(ROOT, "file").ok();
-        assert_eq!(
-            (entry.u64(16), entry.u64(24)),
-            (seconds, seconds),
-            "{policy:?}"
-        );
-        let file = entry.u64(0);
-        let opened = client.call(OPEN, file, &[&words(&[0, 0])], 16).ok();
-        assert_eq!(opened.u32(8), open_flags, "{policy:?}");
-    }
-}
-
-#[test]
 fn the_guest_learns_that_privileges_are_killed_here() {
     let dir = directory();
     let mut client = Client::mount(dir.path(), CachePolicy::Auto);

@@ -64,17 +64,21 @@ fn a_guest_keeps_what_nobody_changes() {
     assert!(!client.keeps(file, libc::O_RDONLY));
 }
 
+/// Under [`CachePolicy::Auto`], what was just changed.
 #[test]
-fn a_guest_drops_what_was_just_changed_and_does_as_its_policy_says() {
+fn how_long_things_are_good_for_follows_the_policy() {
     let dir = directory();
     fs::write(dir.path().join("file"), "content").unwrap();
-    for (policy, options) in [
-        (CachePolicy::Auto, 0),
-        (CachePolicy::Never, 1),
-        (CachePolicy::Always, KEEP_CACHE),
+    for (policy, seconds, options) in [
+        (CachePolicy::Never, 0, 1),
+        (CachePolicy::Auto, 1, 0),
+        (CachePolicy::Always, 86400, KEEP_CACHE),
     ] {
         let mut client = Client::mount(dir.path(), policy);
-        let file = client.lookup(ROOT, "file").ok().u64(0);
+        let entry = client.lookup(ROOT, "file").ok();
+        let good_for = (entry.u64(16), entry.u64(24));
+        assert_eq!(good_for, (seconds, seconds), "{policy:?}");
+        let file = entry.u64(0);
         for _ in 0..3 {
             let opened = client.call(OPEN, file, &[&words(&[0, 0])], 16).ok();
             assert_eq!(opened.u32(8), options, "{policy:?}");
