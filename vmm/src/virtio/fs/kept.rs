@@ -4,6 +4,9 @@
 //! all that it holds of a file at each open, so that every program which starts reads its libraries anew. A guest may as well keep it
 //! if nobody has changed the file since; NFS clients decide so too, by the same three values (RFC 7530, 10.3.1).
 //!
+//! The kernel makes the content of some files up as they are read, with values that never change: sysfs, which monitoring has mounted. Such a
+//! file takes no room on a disk, and is read anew each time.
+//!
 //! A version says more than that the values are the same:
 //! - It is [settled](SETTLED). A change within the tick of a clock may leave all three as they were; and what a process of the host's writes
 //!   through a mapping has a new time only at the first write after a page's writeback. That comes within 35 s, unless somebody has set
@@ -32,9 +35,10 @@ pub struct Version {
 }
 
 impl Version {
-    /// Nothing for what has no pages: it is no regular file.
+    /// Nothing for what is no regular file, and so has no pages, and for one without a block, whose content nobody has written.
     pub fn of(attr: &Attr) -> Option<Self> {
-        (attr.mode & libc::S_IFMT == libc::S_IFREG).then_some(Self {
+        let is_stored = attr.mode & libc::S_IFMT == libc::S_IFREG && attr.blocks > 0;
+        is_stored.then_some(Self {
             size: attr.size,
             modified: (attr.mtime, attr.mtimensec),
             changed: (attr.ctime, attr.ctimensec),

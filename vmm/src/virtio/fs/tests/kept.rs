@@ -87,6 +87,26 @@ fn how_long_things_are_good_for_follows_the_policy() {
     }
 }
 
+/// The kernel makes up what sysfs says, and no time there changes with it.
+#[test]
+fn nothing_is_kept_of_what_takes_no_room() {
+    let dir = directory();
+    let hole = fs::File::create(dir.path().join("hole")).unwrap();
+    hole.set_len(4096).unwrap();
+    for (root, name) in [
+        (dir.path(), "hole"),
+        ("/sys/kernel".as_ref(), "uevent_seqnum"),
+    ] {
+        let mut client = Client::mount_settled(root, CachePolicy::Auto, Duration::ZERO);
+        let entry = client.lookup(ROOT, name).ok();
+        let (file, size) = (entry.u64(0), entry.u64(48));
+        assert_eq!(size, 4096, "{name}");
+        for _ in 0..3 {
+            assert!(!client.keeps(file, libc::O_RDONLY), "{name}");
+        }
+    }
+}
+
 /// Its pages are no file's, and a guest that asks for them so gets no more than an error.
 #[test]
 fn nothing_is_kept_of_a_directory() {
