@@ -40,7 +40,6 @@ pub const TESTS: &[Test] = &[
     husk_test("the_pages_commands", the_pages_commands).needs(PODMAN),
     test("a_build", buildah::build).needs(BUILDAH),
     test("a_pod", pods::pod).needs(PODMAN),
-    test("a_pod_of_kube_play", pods::kube).needs(PODMAN),
     test("a_unit_of_quadlet", quadlet::container).needs(PODMAN),
     test("a_pods_unit_of_quadlet", quadlet::pod).needs(PODMAN),
     test("a_kube_unit_of_quadlet", quadlet::kube).needs(PODMAN),

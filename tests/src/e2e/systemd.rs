@@ -30,7 +30,7 @@ rm -rf "$0"; mkdir -p "$0"/usr/bin "$0"/usr/sbin "$0"/usr/lib64 "$0"/usr/lib/x86
     "$0"/root "$0"/var/log/nginx "$0"/var/tmp
 for dir in bin sbin lib lib64; do ln -s "usr/$dir" "$0/$dir"; done
 cd /srv/debian-rootfs
-cp -a --parents usr/lib/systemd usr/lib/tmpfiles.d usr/lib/sysusers.d usr/lib/x86_64-linux-gnu/systemd etc/systemd etc/nginx \
+cp -a --parents usr/lib/systemd usr/lib/tmpfiles.d/tmp.conf usr/lib/sysusers.d usr/lib/x86_64-linux-gnu/systemd etc/systemd etc/nginx \
     etc/passwd etc/group etc/shadow etc/nsswitch.conf usr/lib/nginx usr/share/nginx var/www var/lib/nginx "$0"
 programs="usr/lib/systemd/systemd usr/bin/systemctl usr/bin/journalctl usr/bin/systemd-tmpfiles usr/bin/systemd-sysusers usr/bin/sh usr/bin/cat \
     usr/bin/mount usr/bin/sleep usr/sbin/agetty usr/sbin/nginx usr/sbin/start-stop-daemon"
@@ -38,7 +38,12 @@ libraries=$(for program in $programs usr/lib/systemd/systemd-*; do chroot . ldd 
 cp -aL --parents $programs "$0"
 for library in $libraries; do [ -e "$0/$library" ] || cp -aL --parents "$library" "$0"; done
 ln -s ../lib/systemd/systemd "$0/usr/sbin/init"
-for unit in redis-server ldconfig systemd-tmpfiles-setup-dev-early systemd-tmpfiles-setup-dev systemd-remount-fs; do ln -sf /dev/null "$0/etc/systemd/system/$unit.service"; done
+for unit in redis-server ldconfig modprobe@ systemd-journal-flush systemd-tmpfiles-setup-dev-early systemd-tmpfiles-setup-dev systemd-remount-fs; do
+    ln -sf /dev/null "$0/etc/systemd/system/$unit.service"
+done
+for unit in dev-hugepages.mount sys-fs-fuse-connections.mount apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer; do
+    ln -sf /dev/null "$0/etc/systemd/system/$unit"
+done
 : >"$0/etc/machine-id"; touch "$0/etc/.updated" "$0/var/.updated"
 "#;
 

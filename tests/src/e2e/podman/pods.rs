@@ -1,4 +1,4 @@
-//! podman's pods: made by hand and by `podman kube play`.
+//! podman's pods, made by hand; and those of `podman kube play`, which a page's commands and a unit of Quadlet run.
 
 use std::{
     fs,
@@ -111,30 +111,4 @@ pub fn yaml(name: &str, host: &Path) -> String {
         .replace("IMAGE", IMAGE)
         .replace("NAME", name);
     text.replace("HOST", &host.display().to_string())
-}
-
-/// A pod of Kubernetes' own notation, with an emptyDir and a directory of the host.
-pub fn kube(suite: &Context) -> Result<()> {
-    let podman = super::podman(suite)?;
-    let dir = podman.dir.join("kube");
-    let host = dir.join("host");
-    let _ = fs::remove_dir_all(&host);
-    fs::create_dir_all(&dir)?;
-    let yaml = dir.join("pod.yaml");
-    fs::write(&yaml, self::yaml("kube", &host))?;
-    let yaml = yaml.to_str().context("its name")?;
-    podman.run(&["kube", "play", yaml])?.ok()?;
-    let answered = wait::until("the answer", || {
-        let answer = fs::read_to_string(host.join("answer")).ok()?;
-        (!answer.is_empty()).then_some(answer)
-    });
-    let down = podman.run(&["kube", "down", yaml])?.ok();
-    let answer = answered?;
-    down?;
-    ensure!(
-        answer.trim_end().ends_with("-husk") == (suite.runtime == Runtime::Husk),
-        "{answer}"
-    );
-    podman.run(&["pod", "exists", "kube"])?.exited(1)?;
-    Ok(())
 }
