@@ -13,11 +13,11 @@ use husk_tests::host::Netns;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-use crate::{Test, context::Context, husk_test};
+use crate::{Test, context::Context, husk_test, test};
 
 pub const TESTS: &[Test] = &[
     husk_test("a_pod_as_crio_runs_it", vm::pod),
-    husk_test("a_pod_by_conmon_and_husk_oci", oci::pod).needs("/usr/bin/conmon"),
+    test("a_pod_by_conmon", oci::pod).needs("/usr/bin/conmon"),
 ];
 
 /// A container's files, as CRI-O makes them: the layers, `merged`, and `userdata`, which is the bundle.
@@ -64,7 +64,9 @@ impl Storage {
             "io.kubernetes.cri-o.SandboxID": pod.unwrap_or(&id),
         });
         spec["linux"]["cgroupsPath"] = json!(format!("/crio/{id}"));
-        spec["linux"]["resources"]["memory"] = json!({ "limit": limit });
+        if limit > 0 {
+            spec["linux"]["resources"]["memory"] = json!({ "limit": limit });
+        }
         let mounts = spec["mounts"].as_array_mut();
         mounts.context("a spec without mounts")?.push(json!({
             "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
