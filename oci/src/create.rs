@@ -110,7 +110,7 @@ fn create_in(
             address: address.clone(),
             pipes: container.pipes(),
             console_socket,
-            network: match spec.has_new_network() {
+            network: match spec.has_new("network") {
                 // Made by the shim, for the engine to find by the proxy's pid.
                 true => Some(format!("/proc/{task_pid}/ns/net").into()),
                 false => spec.namespace("network").map(Path::to_owned),

@@ -109,14 +109,11 @@ impl Spec {
         self.value["linux"]["cgroupsPath"].as_str()
     }
 
-    /// Whether it wants a network of its own, which its engine may fill once the container is there.
-    pub(crate) fn has_new_network(&self) -> bool {
-        has(&self.value, "network") && self.namespace("network").is_none()
-    }
-
-    /// Whether its users are its own.
-    pub(crate) fn has_new_users(&self) -> bool {
-        has(&self.value, "user") && self.namespace("user").is_none()
+    /// Whether it wants a namespace of this type of its own: a network its engine may fill once the container is there.
+    pub(crate) fn has_new(&self, kind: &str) -> bool {
+        let list = self.value["linux"]["namespaces"].as_array();
+        let has = list.is_some_and(|list| list.iter().any(|ns| ns["type"] == kind));
+        has && self.namespace(kind).is_none()
     }
 
     /// The namespace that it joins, of this type.
@@ -145,7 +142,7 @@ impl Spec {
         };
         spec["root"]["path"] = json!(self.bundle.join(root));
         let pod = match place {
-            Place::Alone => self.has_new_users().then_some(id.as_str()),
+            Place::Alone => self.has_new("user").then_some(id.as_str()),
             Place::Infra => Some(id.as_str()),
             Place::Member { infra, .. } => Some(infra.as_str()),
             Place::Said { .. } => self.sandbox(),
@@ -170,12 +167,6 @@ impl Spec {
         }
         Ok(spec)
     }
-}
-
-/// Whether a spec has a namespace of this type, be it another's.
-fn has(spec: &Value, kind: &str) -> bool {
-    let list = spec["linux"]["namespaces"].as_array();
-    list.is_some_and(|list| list.iter().any(|ns| ns["type"] == kind))
 }
 
 /// Whether it shows something of the host.
@@ -351,7 +342,7 @@ mod tests {
         let spec = spec(json!({
             "root": {"path": "/r"}, "annotations": {SANDBOX: "pod", "a": "b"}, "linux": {"namespaces": namespaces},
         }));
-        assert!(spec.has_new_network() && spec.sandbox() == Some("pod"));
+        assert!(spec.has_new("network") && spec.sandbox() == Some("pod"));
         let alone = made(&spec, &Place::Alone);
         assert_eq!(alone["annotations"], json!({"a": "b"}));
         let mut own = spec.clone();
@@ -467,7 +458,7 @@ mod tests {
                 for place in [Place::Infra, Place::Member { infra: "i".parse().unwrap(), processes: Some(1) }] {
                     let _ = spec.for_shim(&"me".parse().unwrap(), &place, true);
                 }
-                let _ = (spec.sandbox(), spec.cgroups_path(), spec.has_new_network(), spec.namespace(&kind), spec.annotations(), spec.terminal(), spec.oci_version());
+                let _ = (spec.sandbox(), spec.cgroups_path(), spec.has_new("network"), spec.namespace(&kind), spec.annotations(), spec.terminal(), spec.oci_version());
             }
         }
     }

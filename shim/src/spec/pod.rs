@@ -40,28 +40,22 @@ pub struct Users {
 impl Users {
     /// Who the pod's root is outside: a user and a group. `None` where the maps have no root.
     pub fn root(&self) -> Option<(u32, u32)> {
-        let outside = |map: &str| {
-            map.lines().find_map(|line| {
-                let mut fields = line.split(' ');
-                (fields.next()? == "0").then(|| fields.next()?.parse().ok())?
-            })
-        };
-        Some((outside(&self.uid_map)?, outside(&self.gid_map)?))
+        Some((outside(&self.uid_map, 0)?, outside(&self.gid_map, 0)?))
     }
+}
 
-    /// Who a group of the pod is outside. `None`: the map does not have it.
-    fn group_outside(&self, id: u32) -> Option<u32> {
-        self.gid_map.lines().find_map(|line| {
-            let mut fields = line.split(' ').map(str::parse::<u32>);
-            let (inside, outside, length) = (
-                fields.next()?.ok()?,
-                fields.next()?.ok()?,
-                fields.next()?.ok()?,
-            );
-            let offset = id.checked_sub(inside).filter(|&offset| offset < length)?;
-            outside.checked_add(offset)
-        })
-    }
+/// Who a user or group of a pod is outside. `None`: the map does not have it.
+fn outside(map: &str, id: u32) -> Option<u32> {
+    map.lines().find_map(|line| {
+        let mut fields = line.split(' ').map(str::parse::<u32>);
+        let (inside, outside, length) = (
+            fields.next()?.ok()?,
+            fields.next()?.ok()?,
+            fields.next()?.ok()?,
+        );
+        let offset = id.checked_sub(inside).filter(|&offset| offset < length)?;
+        outside.checked_add(offset)
+    })
 }
 
 /// A pod's sysctls as somebody outside of its users writes them: the one that has groups in it names them by who they are there. It is left as it is
@@ -71,7 +65,7 @@ pub fn sysctls_outside(
     users: Option<&Users>,
 ) -> HashMap<String, String> {
     if let (Some(users), Some(range)) = (users, sysctls.get_mut(PING_GROUPS)) {
-        let outside = |word: &str| users.group_outside(word.parse().ok()?);
+        let outside = |word: &str| outside(&users.gid_map, word.parse().ok()?);
         let groups: Option<Vec<_>> = range.split_whitespace().map(outside).collect();
         if let Some([first, last]) = groups.as_deref() {
             *range = format!("{first} {last}");
