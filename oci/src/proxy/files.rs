@@ -206,20 +206,32 @@ fn fixed(
     entries: u32,
     make: impl FnOnce(&OwnedFd) -> rustix::io::Result<()>,
 ) -> rustix::io::Result<OwnedFd> {
-    let system = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let inodes = (entries + 1).to_string();
-    for (key, value) in [("size", "4k"), ("nr_inodes", &inodes), ("mode", "0")] {
-        fsconfig_set_string(system.as_fd(), key, value)?;
-    }
-    fsconfig_create(system.as_fd())?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NODEV
-        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let root = fsmount(system.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let options = [("size", "4k"), ("nr_inodes", &*inodes), ("mode", "0")];
+    let (system, root) = detached("tmpfs", &options, MountAttrFlags::empty())?;
     make(&root)?;
     fsconfig_set_flag(system.as_fd(), "ro")?;
     fsconfig_reconfigure(system.as_fd())?;
     Ok(root)
+}
+
+/// A new file system of this type, and its mount, which is not attached anywhere, with these attributes and those of [`LOCKED`].
+pub(super) fn detached(
+    kind: &str,
+    options: &[(&str, &str)],
+    attributes: MountAttrFlags,
+) -> rustix::io::Result<(OwnedFd, OwnedFd)> {
+    let system = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in options {
+        fsconfig_set_string(system.as_fd(), *key, *value)?;
+    }
+    fsconfig_create(system.as_fd())?;
+    let attributes = attributes
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mount = fsmount(system.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    Ok((system, mount))
 }
 
 fn attach(tree: impl AsFd, target: impl AsFd) -> rustix::io::Result<()> {

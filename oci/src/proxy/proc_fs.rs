@@ -7,7 +7,7 @@ use std::{
     ffi::OsStr,
     fs, io,
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        fd::{AsRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::PathBuf,
@@ -23,13 +23,13 @@ use fuser::{
 };
 use rustix::{
     fs::{Mode, OFlags, open},
-    mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
-        fsopen,
-    },
+    mount::MountAttrFlags,
 };
 
-use super::processes::{Processes, Texts};
+use super::{
+    files::detached,
+    processes::{Processes, Texts},
+};
 
 /// How old what the guest has said may be for whoever opens a file; who lists the pids gets news.
 const FRESH: Duration = Duration::from_secs(1);
@@ -55,23 +55,15 @@ impl ProcFs {
     pub(super) fn new() -> io::Result<(Self, OwnedFd)> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let device = open("/dev/fuse", flags, Mode::empty())?;
-        let system = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
         let fd = device.as_raw_fd().to_string();
-        for (key, value) in [
+        let options = [
             ("source", "husk"),
-            ("fd", fd.as_str()),
+            ("fd", &*fd),
             ("rootmode", "40555"),
             ("user_id", "0"),
             ("group_id", "0"),
-        ] {
-            fsconfig_set_string(system.as_fd(), key, value)?;
-        }
-        fsconfig_create(system.as_fd())?;
-        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
-            | MountAttrFlags::MOUNT_ATTR_NOSUID
-            | MountAttrFlags::MOUNT_ATTR_NODEV
-            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-        let mount = fsmount(system.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+        ];
+        let (_, mount) = detached("fuse", &options, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
         let namespace = fs::read_link("/proc/self/ns/pid")?;
         Ok((Self { device, namespace }, mount))
     }
